@@ -1,0 +1,47 @@
+"""Settings of the test run: eight CPU devices, slow tests, Hypothesis's profiles, extras.
+
+This file lies in the root because the doctests of the package need it as much as `tests/` does.
+"""
+
+import importlib.util
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before the first backend starts
+
+import jax
+import pytest
+from hypothesis import settings
+
+# Every process of the run has eight CPU devices: the sharding tests need no process of their own.
+jax.config.update("jax_num_cpu_devices", 8)
+
+# No deadline: the first example of a test pays for its compilation.
+settings.register_profile("dev", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True, database=None, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+# Doctests import every module of the package; these need an extra that may not be installed.
+MODULES_OF_EXTRAS = {
+    "orbax": ["optax_moma/checkpoints"],
+    "flax": ["optax_moma/demo", "optax_moma/moe.py"],
+    "typer": ["optax_moma/cli.py"],
+}
+collect_ignore = [
+    module
+    for extra, modules in MODULES_OF_EXTRAS.items()
+    if importlib.util.find_spec(extra) is None
+    for module in modules
+]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slow"):
+        return
+    skip = pytest.mark.skip(reason="takes minutes; run with --slow")
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(skip)
