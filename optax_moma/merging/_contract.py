@@ -1,0 +1,90 @@
+"""What a method asks of its inputs, and the protocol of the steps it is chained from."""
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from optax_moma.merging._leaf import TaskVectors
+
+
+class Contract(NamedTuple):
+    """What a step, or a chain of steps, asks of the inputs of a merge.
+
+    Attributes:
+      base: Whether a base is required.
+      curvature: Whether every expert needs a curvature.
+      key: Whether a random key is required.
+      nonnegative_weights: Whether weights below zero make no sense.
+      min_experts: The fewest experts it can merge.
+      max_experts: The most experts it can merge, or None.
+      combines: Whether it turns k task vectors into one.
+      passes: How many passes over all leaves it needs before the merge itself.
+    """
+
+    base: bool = False
+    curvature: bool = False
+    key: bool = False
+    nonnegative_weights: bool = False
+    min_experts: int = 1
+    max_experts: int | None = None
+    combines: bool = False
+    passes: int = 0
+
+    def union(self, other: "Contract") -> "Contract":
+        """Returns what is asked by two steps together."""
+        limits = [m for m in (self.max_experts, other.max_experts) if m is not None]
+        return Contract(
+            base=self.base or other.base,
+            curvature=self.curvature or other.curvature,
+            key=self.key or other.key,
+            nonnegative_weights=self.nonnegative_weights or other.nonnegative_weights,
+            min_experts=max(self.min_experts, other.min_experts),
+            max_experts=min(limits, default=None),
+            combines=self.combines or other.combines,
+            passes=self.passes + other.passes,
+        )
+
+
+class Step(Protocol):
+    """A step of a merge: a pytree that maps the record of a leaf to a record of that leaf.
+
+    A step of your own is a frozen dataclass registered with ``jax.tree_util.register_dataclass``:
+    its numbers are data fields, its switches static ones. It sees one leaf at a time and is
+    traced, so it must not depend on values in Python.
+    """
+
+    @property
+    def contract(self) -> Contract:
+        """What the step asks of the inputs."""
+        ...
+
+    def __call__(self, leaf: TaskVectors) -> TaskVectors:
+        """Maps the record of one leaf."""
+        ...
+
+
+class SummaryStep(Step, Protocol):
+    """A step that must see all leaves before it can map one; ``contract.passes`` says how often."""
+
+    def count(self, leaf: TaskVectors) -> Any:
+        """Returns what one leaf adds to the summary: arrays of the same shapes for all."""
+        ...
+
+    def refine(self, counts: Any) -> "SummaryStep":
+        """Returns the step that has learned from the sum over all leaves: one pass fewer to go."""
+        ...
+
+
+def check_number(
+    name: str, value: Any, low: float = float("-inf"), high: float = float("inf")
+) -> None:
+    """Raises if a number given in Python is out of range; arrays and tracers are let pass."""
+    if isinstance(value, jax.Array):
+        return
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {value!r}.")
+    if not low <= float(value) <= high or abs(float(value)) == float("inf"):
+        span = f"from {low:g} to {high:g}" if high < float("inf") else f"at least {low:g}"
+        raise ValueError(
+            f"{name} must be {span if low > float('-inf') else 'finite'}, got {value}."
+        )

@@ -1,0 +1,95 @@
+"""One leaf of a merge: what goes in, and the record that the steps of a method pass on."""
+
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_moma._moments import Factored
+
+Curvature = jax.Array | Factored
+
+
+class LeafInputs(NamedTuple):
+    """Everything a merge needs to know of one leaf.
+
+    Attributes:
+      experts: The leaf in each of the k experts, all of one shape.
+      base: The leaf in the base, or None.
+      curvature: The leaf's curvature in each expert (dense or ``Factored``), or None.
+      weights: One number per expert, shape (k,).
+      key: The merge's random key, or None.
+      path_id: ``stable_id`` of the leaf's path, a uint32.
+      expert_ids: ``stable_id`` of the experts' names, uint32 of shape (k,).
+    """
+
+    experts: tuple[jax.Array, ...]
+    base: jax.Array | None
+    curvature: tuple[Curvature, ...] | None
+    weights: jax.Array | np.ndarray
+    key: jax.Array | None
+    path_id: jax.Array | np.uint32
+    expert_ids: jax.Array | np.ndarray
+
+
+class TaskVectors(NamedTuple):
+    """The record that steps map: k task vectors of one leaf, and the say each has in the merge.
+
+    Attributes:
+      delta: Task vectors, expert - base, shape (k, *shape), float32 (float64 for float64 leaves).
+        Without a base they are the experts' parameters. After a step that combines, k is 1.
+      weight: Each expert's say at each entry, broadcastable to ``delta``. Starts as the weights
+        given by the user; masks and curvature multiply it.
+      base: The base's leaf in the dtype of ``delta``, or None.
+      curvature: One estimate per expert, as given (dense or ``Factored``), or None.
+      keys: One random key per expert, or None.
+    """
+
+    delta: jax.Array
+    weight: jax.Array
+    base: jax.Array | None
+    curvature: tuple[Curvature, ...] | None
+    keys: tuple[jax.Array, ...] | None
+
+
+def stable_id(text: str) -> np.uint32:
+    """Returns a number that is the same for a text in every process and on every machine."""
+    return np.uint32(zlib.crc32(text.encode()))
+
+
+def task_vectors(inputs: LeafInputs) -> TaskVectors:
+    """Returns the record a chain starts from."""
+    arrays = [jnp.asarray(x) for x in inputs.experts]
+    base = None if inputs.base is None else jnp.asarray(inputs.base)
+    dtype = compute_dtype(arrays if base is None else [*arrays, base])
+    delta = jnp.stack([x.astype(dtype) for x in arrays])
+    if base is not None:
+        base = base.astype(dtype)
+        delta = delta - base
+    keys = None
+    if inputs.key is not None:
+        leaf_key = jax.random.fold_in(inputs.key, inputs.path_id)
+        keys = tuple(jax.random.fold_in(leaf_key, inputs.expert_ids[t]) for t in range(len(arrays)))
+    weight = jnp.asarray(inputs.weights, dtype).reshape((-1,) + (1,) * (delta.ndim - 1))
+    return TaskVectors(delta, weight, base, inputs.curvature, keys)
+
+
+def combined(leaf: TaskVectors, delta: jax.Array) -> TaskVectors:
+    """Returns the record of one merged task vector of the leaf's own shape."""
+    one = jnp.ones((1,) * (delta.ndim + 1), delta.dtype)
+    return TaskVectors(delta[None], one, leaf.base, None, None)
+
+
+def compute_dtype(arrays: Sequence[jax.Array]) -> jnp.dtype:
+    """Returns the dtype a leaf is merged in: float64 if any array has it, else float32."""
+    return jnp.result_type(jnp.float32, *(x.dtype for x in arrays))
+
+
+def merged_dtype(inputs: LeafInputs) -> jnp.dtype:
+    """Returns the dtype of the merged leaf: the base's, else the one that holds all experts'."""
+    if inputs.base is not None:
+        return jnp.asarray(inputs.base).dtype
+    return jnp.result_type(*(jnp.asarray(x).dtype for x in inputs.experts))

@@ -1,0 +1,147 @@
+"""merge: one method, k experts, leaf by leaf."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_moma.merging._contract import Contract, Step, SummaryStep
+from optax_moma.merging._inputs import Checked, Path, checked_inputs, is_float, path_text
+from optax_moma.merging._leaf import LeafInputs, merged_dtype, stable_id, task_vectors
+
+Tree = Any
+
+
+def merge(
+    method: Step,
+    experts: Sequence[Tree] | Mapping[str, Tree],
+    *,
+    base: Tree | None = None,
+    curvature: Sequence[Tree] | Mapping[str, Tree] | None = None,
+    weights: Sequence[float] | Mapping[str, float] | jax.Array | np.ndarray | None = None,
+    key: jax.Array | None = None,
+) -> Tree:
+    """Merges experts into one model.
+
+    merged = base + method(expert_1 - base, ..., expert_k - base), leaf by leaf.
+
+    A pure function: it can be jitted, and differentiated with respect to the numbers of the
+    method, the weights and the params. All is computed in float32 (float64 for float64 leaves) and
+    cast once, at the end. Leaves that are not floating point are copied; they must be equal in all
+    models. Experts given by name are merged in the order of their names.
+
+    Args:
+      method: A method such as ``ties(0.2)``, or a ``chain`` of steps.
+      experts: Trees of params, a list or a dict by name.
+      base: The params that the experts were fine-tuned from.
+      curvature: A tree per expert, a list or a dict as ``experts`` is. It has, for every leaf of
+        the params, an array of its shape, or a ``Factored`` pair, that estimates E[g**2].
+      weights: A number per expert, 1 by default.
+      key: A random key, for methods that draw. The draws depend on the key, the leaf's path and
+        the expert's name (its index in a list).
+
+    Returns:
+      A tree like the base (else the first expert), in the base's dtypes (else those that hold all
+      the experts').
+
+    Raises:
+      TypeError: if an argument is of the wrong type.
+      ValueError: if anything else is wrong with the inputs, with all that is wrong in one message.
+        Values are checked where arrays have any, so not under ``jax.jit``.
+
+    Example:
+      >>> from optax_moma.merging import task_arithmetic
+      >>> base = {"w": jnp.zeros(2)}
+      >>> experts = {"math": {"w": jnp.array([1., 0.])}, "code": {"w": jnp.array([0., 2.])}}
+      >>> merge(task_arithmetic(0.5), experts, base=base)
+      {'w': Array([0.5, 1. ], dtype=float32)}
+    """
+    if not isinstance(getattr(method, "contract", None), Contract):
+        raise TypeError(
+            f"method must be a merge method such as average() or chain(...), got {method!r}. "
+            "Was the factory passed without calling it?"
+        )
+    inputs = checked_inputs(method.contract, experts, base, curvature, weights, key)
+    reference = inputs.experts[0] if inputs.base is None else inputs.base
+    ids = np.array([stable_id(name) for name in inputs.names])
+    averaged = [path for path in inputs.paths if is_float(reference[path])]
+    method = prepared(method, lambda: (_leaf_inputs(inputs, p, key, ids) for p in averaged))
+    merged = [
+        merge_leaf(method, _leaf_inputs(inputs, path, key, ids))
+        if is_float(reference[path])
+        else jnp.asarray(reference[path])
+        for path in inputs.paths
+    ]
+    return jax.tree_util.tree_unflatten(inputs.treedef, merged)
+
+
+@jax.jit
+def merge_leaf(method: Step, inputs: LeafInputs) -> jax.Array:
+    """Merges one leaf by a method that is ``prepared``: all arithmetic of a merge is here."""
+    leaf = task_vectors(inputs)
+    if leaf.delta.size:
+        leaf = method(leaf)
+    merged = (leaf.weight * leaf.delta)[0]
+    if leaf.base is not None:
+        merged = leaf.base + merged
+    return merged.astype(merged_dtype(inputs))
+
+
+def prepared(method: Step, leaves: Callable[[], Iterable[LeafInputs]]) -> Step:
+    """Returns the method after the passes over all leaves that it asks for, if any.
+
+    Args:
+      method: A method.
+      leaves: Called once per pass, gives the inputs of every floating-point leaf in any order. A
+        summary is a sum of integers, so neither the order nor where the leaves are read from
+        changes it.
+
+    Returns:
+      A method that maps every leaf on its own (``contract.passes`` is 0).
+
+    Raises:
+      ValueError: if the leaves have more entries than a summary can count, 2**32.
+    """
+    while method.contract.passes:
+        counts, entries = None, 0
+        for inputs in leaves():
+            entries += int(np.prod(np.shape(inputs.experts[0]), dtype=np.int64))
+            if entries >= 1 << 32:
+                raise ValueError(
+                    "A global threshold counts up to 2**32 entries, and the model has more; use "
+                    'scope="leaf".'
+                )
+            counts = _counted(cast(SummaryStep, method), inputs, counts)
+        if counts is None:
+            return method
+        method = _refined(cast(SummaryStep, method), counts)
+    return method
+
+
+@jax.jit
+def _counted(method: SummaryStep, inputs: LeafInputs, counts: Any) -> Any:
+    found = method.count(task_vectors(inputs))
+    return found if counts is None else jax.tree.map(jnp.add, counts, found)
+
+
+@jax.jit
+def _refined(method: SummaryStep, counts: Any) -> SummaryStep:
+    return method.refine(counts)
+
+
+def _leaf_inputs(
+    inputs: Checked, path: Path, key: jax.Array | None, expert_ids: np.ndarray
+) -> LeafInputs:
+    return LeafInputs(
+        experts=tuple(leaves[path] for leaves in inputs.experts),
+        base=None if inputs.base is None else inputs.base[path],
+        curvature=(
+            None if inputs.curvature is None else tuple(leaves[path] for leaves in inputs.curvature)
+        ),
+        weights=inputs.weights,
+        key=key,
+        path_id=stable_id(path_text(path)),
+        expert_ids=expert_ids,
+    )
