@@ -1,0 +1,230 @@
+"""Eight devices: the same steps as on one, states that stay where they are, and little traffic."""
+
+import importlib.util
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optax_moma as om
+
+RANK = 4
+LAYERS, WIDTH, HIDDEN, CLASSES = 2, 64, 128, 32
+
+SHAPES = {
+    "layers": {"up": (LAYERS, WIDTH, HIDDEN), "down": (LAYERS, HIDDEN, WIDTH), "scale": (WIDTH,)},
+    "out": {"kernel": (WIDTH, CLASSES), "bias": (CLASSES,)},
+}
+FSDP_AND_TENSOR = {
+    "layers": {
+        "up": P(None, "fsdp", "tensor"),
+        "down": P(None, "tensor", "fsdp"),
+        "scale": P("fsdp"),
+    },
+    "out": {"kernel": P("fsdp", "tensor"), "bias": P("tensor")},
+}
+FSDP_ONLY = {
+    "layers": {"up": P(None, "fsdp"), "down": P(None, None, "fsdp"), "scale": P()},
+    "out": {"kernel": P(("fsdp", "tensor")), "bias": P()},
+}
+LAYERS_APART = {
+    "layers": {"up": P("tensor", "fsdp"), "down": P("tensor"), "scale": P()},
+    "out": {"kernel": P(None, ("tensor", "fsdp")), "bias": P("fsdp")},
+}
+PARAM_SPECS = {
+    "fsdp x tensor": FSDP_AND_TENSOR,
+    "fsdp": FSDP_ONLY,
+    "layers apart": LAYERS_APART,
+}
+
+
+class Problem(NamedTuple):
+    """Least squares with a weight per entry: gradients of full rank, the same on any mesh."""
+
+    params: dict
+    targets: dict
+    weights: dict
+
+    def loss(self, params: dict) -> jax.Array:
+        term = lambda p, t, w: jnp.sum(w * (p - t) ** 2)
+        return optax.tree.sum(jax.tree.map(term, params, self.targets, self.weights))
+
+
+@pytest.fixture
+def problem() -> Problem:
+    rng = np.random.default_rng(0)
+
+    def draw(transform):
+        return jax.tree.map(
+            lambda shape: transform(rng.normal(size=shape)).astype(np.float32),
+            SHAPES,
+            is_leaf=lambda x: isinstance(x, tuple),
+        )
+
+    return Problem(draw(lambda x: 0.1 * x), draw(lambda x: x), draw(np.exp))
+
+
+@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def mesh(request) -> Mesh:
+    return jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(request.param,) * 2)
+
+
+@pytest.fixture(params=PARAM_SPECS, ids=lambda name: name.replace(" ", "_"))
+def param_specs(request) -> dict:
+    return PARAM_SPECS[request.param]
+
+
+def optimizer() -> optax.GradientTransformationExtraArgs:
+    return om.moma(1e-2, rank=RANK, min_dim_size_to_factor=32, weight_decay=0.1)
+
+
+def place(tree, specs, mesh: Mesh):
+    return jax.tree.map(
+        lambda spec, x: jax.device_put(x, NamedSharding(mesh, spec)),
+        specs,
+        tree,
+        is_leaf=lambda x: isinstance(x, P),
+    )
+
+
+def step(tx, problem: Problem, params, state):
+    updates, state = tx.update(jax.grad(problem.loss)(params), state, params)
+    return optax.apply_updates(params, updates), state
+
+
+def on_mesh(problem: Problem, param_specs, mesh: Mesh) -> tuple[Problem, optax.OptState]:
+    """The problem and the state of its optimizer, each leaf placed by its spec."""
+    tx = optimizer()
+    state_specs = om.state_partition_specs(tx, problem.params, param_specs)
+    placed = Problem(*(place(tree, param_specs, mesh) for tree in problem))
+    return placed, place(tx.init(problem.params), state_specs, mesh)
+
+
+def assert_lies_as(tree, specs, mesh: Mesh):
+    spec_of = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, P))
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    assert len(leaves) == len(spec_of)
+    for (path, leaf), spec in zip(leaves, spec_of, strict=True):
+        wanted = NamedSharding(mesh, spec)
+        assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim), (
+            jax.tree_util.keystr(path), leaf.shape, leaf.sharding, spec
+        )  # fmt: skip
+
+
+def test_five_steps_equal_one_device(problem, param_specs, mesh):
+    tx = optimizer()
+    params, state = problem.params, tx.init(problem.params)
+    alone = jax.jit(lambda params, state: step(tx, problem, params, state))
+    for _ in range(5):
+        params, state = alone(params, state)
+
+    with jax.set_mesh(mesh):
+        placed, placed_state = on_mesh(problem, param_specs, mesh)
+        placed_params = placed.params
+        together = jax.jit(lambda params, state: step(tx, placed, params, state))
+        for _ in range(5):
+            placed_params, placed_state = together(placed_params, placed_state)
+
+    for p, q in zip(jax.tree.leaves(params), jax.tree.leaves(placed_params), strict=True):
+        np.testing.assert_allclose(q, p, rtol=1e-5, atol=1e-5 * np.abs(p).max())
+    assert jax.tree.structure(state) == jax.tree.structure(placed_state)
+
+
+def test_specs_are_what_the_update_preserves(problem, param_specs, mesh):
+    tx = optimizer()
+    specs = om.state_partition_specs(tx, problem.params, param_specs)
+    is_spec = lambda x: isinstance(x, P)
+    assert jax.tree.structure(specs, is_leaf=is_spec) == jax.tree.structure(
+        jax.eval_shape(tx.init, problem.params)
+    )
+    with jax.set_mesh(mesh):
+        placed, state = on_mesh(problem, param_specs, mesh)
+        params = placed.params
+        for _ in range(2):
+            params, state = jax.jit(lambda p, s: step(tx, placed, p, s))(params, state)
+    assert_lies_as(params, param_specs, mesh)
+    assert_lies_as(state, specs, mesh)
+
+
+def test_specs_are_what_init_gives_on_an_explicit_mesh(problem, param_specs):
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    tx = optimizer()
+    specs = om.state_partition_specs(tx, problem.params, param_specs)
+    with jax.set_mesh(mesh):
+        params = place(problem.params, param_specs, mesh)
+        assert_lies_as(tx.init(params), specs, mesh)
+        assert_lies_as(jax.jit(tx.init)(params), specs, mesh)
+
+
+COLLECTIVE = re.compile(
+    r"= (?P<result>.*?) (?P<kind>all-gather|all-reduce|all-to-all|reduce-scatter"
+    r"|collective-permute|collective-broadcast|ragged-all-to-all)(?:-start)?\("
+)
+
+
+def collectives(hlo: str) -> list[tuple[str, int]]:
+    """(kind, elements of its largest result) of every collective in a compiled program's text."""
+    found = []
+    for match in COLLECTIVE.finditer(hlo):
+        shapes = re.findall(r"\w+\[([\d,]*)\]", match["result"])
+        sizes = [math.prod(int(d) for d in shape.split(",") if d) for shape in shapes]
+        found.append((match["kind"], max(sizes)))
+    return found
+
+
+def test_the_reader_of_collectives_sees_a_gathered_matrix(mesh):
+    rows = NamedSharding(mesh, P("fsdp", "tensor"))
+    whole = NamedSharding(mesh, P())
+    x = jax.ShapeDtypeStruct((WIDTH, HIDDEN), jnp.float32, sharding=rows)
+    gather = jax.jit(lambda x: jax.sharding.reshard(x, whole))
+    if mesh.axis_types[0] == AxisType.Auto:
+        gather = jax.jit(lambda x: x, out_shardings=whole)
+    with jax.set_mesh(mesh):
+        kinds = collectives(gather.lower(x).compile().as_text())
+    assert max(size for _, size in kinds) == WIDTH * HIDDEN
+
+
+def test_no_matrix_travels(problem, param_specs, mesh):
+    """The update communicates thin factors and sums over them, never (a part of) a gradient."""
+    tx = optimizer()
+    with jax.set_mesh(mesh):
+        placed, state = on_mesh(problem, param_specs, mesh)
+        update = jax.jit(tx.update).lower(placed.params, state, placed.params)
+        found = collectives(update.compile().as_text())
+    thin, shard = LAYERS * HIDDEN * RANK, LAYERS * HIDDEN * WIDTH // 8
+    assert found
+    assert max(size for _, size in found) <= thin < shard, found
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason='the TPU compiler is not installed: pip install "optax-moma[tpu]"',
+)
+def test_a_tpu_slice_only_sums_thin_arrays():
+    """Compiled ahead of time for v5e:2x4, by the real compiler, which needs no TPU."""
+    # In a process of its own: libtpu reads the environment when it is loaded.
+    environment = os.environ | {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_LOG_DIR": "disabled",
+        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+    }
+    worker = Path(__file__).parent.parent / "sharding_worker_tpu.py"
+    done = subprocess.run(
+        [sys.executable, worker], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    found = collectives(done.stdout)
+    assert {kind for kind, _ in found} == {"all-reduce"}, found
+    assert max(size for _, size in found) <= 2 * 1024 * 16, found  # (stacked, n, rank)
