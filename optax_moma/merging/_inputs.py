@@ -312,15 +312,16 @@ def _weights(
 ) -> jax.Array | np.ndarray:
     if weights is None:
         return np.ones(len(names), np.float32)
-    if isinstance(weights, (str, bytes)) or np.ndim(weights) > 1 or not hasattr(weights, "__len__"):
+    sequence = isinstance(weights, (Mapping, list, tuple))
+    if not sequence and not (isinstance(weights, (jax.Array, np.ndarray)) and weights.ndim == 1):
         raise TypeError(
-            f"weights must be a list, a dict by name, or an array with one number per "
-            f"expert, got {weights!r}."
+            "weights must be a list, a dict by name, or an array with one number per expert, "
+            f"got {weights!r}."
         )
     values = _aligned("weights", weights, experts, names, problems)
     if values is None:
         return np.ones(len(names), np.float32)
-    if not all(_kind(w) in ("float", "other") and np.ndim(w) == 0 for w in values):
+    if not all(_kind(w) in ("float", "other") and jnp.shape(w) == () for w in values):
         raise TypeError(f"weights must be numbers, one per expert, got {weights!r}.")
     if any(isinstance(w, Tracer) for w in values):
         return jnp.stack([jnp.asarray(w) for w in values])

@@ -45,14 +45,14 @@ class TaskVectors(NamedTuple):
         given by the user; masks and curvature multiply it.
       base: The base's leaf in the dtype of ``delta``, or None.
       curvature: One estimate per expert, as given (dense or ``Factored``), or None.
-      keys: One random key per expert, or None.
+      keys: One random key per expert, shape (k,), or None.
     """
 
     delta: jax.Array
     weight: jax.Array
     base: jax.Array | None
     curvature: tuple[Curvature, ...] | None
-    keys: tuple[jax.Array, ...] | None
+    keys: jax.Array | None
 
 
 def stable_id(text: str) -> np.uint32:
@@ -72,7 +72,8 @@ def task_vectors(inputs: LeafInputs) -> TaskVectors:
     keys = None
     if inputs.key is not None:
         leaf_key = jax.random.fold_in(inputs.key, inputs.path_id)
-        keys = tuple(jax.random.fold_in(leaf_key, inputs.expert_ids[t]) for t in range(len(arrays)))
+        ids = jnp.asarray(inputs.expert_ids)
+        keys = jax.lax.map(lambda i: jax.random.fold_in(leaf_key, i), ids)
     weight = jnp.asarray(inputs.weights, dtype).reshape((-1,) + (1,) * (delta.ndim - 1))
     return TaskVectors(delta, weight, base, inputs.curvature, keys)
 

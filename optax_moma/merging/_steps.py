@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, cast
 
 import jax
@@ -52,7 +53,7 @@ def _through(steps: Sequence[Step], leaf: TaskVectors) -> TaskVectors:
     for position, step in enumerate(steps):
         if step.contract.key and leaf.keys is not None:
             # Two random steps of one chain must not draw the same numbers.
-            keys = tuple(jax.random.fold_in(key, position) for key in leaf.keys)
+            keys = jax.lax.map(partial(jax.random.fold_in, data=position), leaf.keys)
             leaf = step(leaf._replace(keys=keys))._replace(keys=leaf.keys)
         else:
             leaf = step(leaf)
@@ -209,7 +210,8 @@ class Drop:
         """Multiplies the weights by random masks."""
         assert leaf.keys is not None
         shape = leaf.delta.shape[1:]
-        draws = jnp.stack([jax.random.uniform(key, shape, jnp.float32) for key in leaf.keys])
+        # One expert after the other: a vmap of some generators draws other numbers.
+        draws = jax.lax.map(lambda key: jax.random.uniform(key, shape, jnp.float32), leaf.keys)
         density = jnp.asarray(self.density, leaf.delta.dtype)
         leaf = leaf._replace(weight=leaf.weight * (draws < self.density))
         return leaf._replace(delta=leaf.delta / _metric.nonzero(density)) if self.rescale else leaf
