@@ -23,23 +23,19 @@ def assert_equal(actual, desired):
         np.testing.assert_array_equal(a, d)
 
 
-def test_masked_updates_only_the_marked_leaves(make, params, grads, run):
-    mask = {name: name in ("kernel", "bias") for name in params}
-    state = optax.masked(make(), mask).init(params)
-    updates, _ = optax.masked(make(), mask).update(grads[0], state, params)
-    chosen = {name: params[name] for name in ("kernel", "bias")}
-    alone, _ = make().update({n: grads[0][n] for n in chosen}, make().init(chosen), chosen)
-    assert_close({name: updates[name] for name in chosen}, alone)
-    assert_equal(updates["stack"], grads[0]["stack"])
+def test_masked_updates_only_the_marked_leaves(make, params, grads, run, bare):
+    mask = {name: name != "bias" for name in params}
+    moved, _ = run(optax.masked(make(), mask), params, grads)
+    untransformed = params["bias"] + sum(g["bias"] for g in grads)
+    assert_close(moved, bare[0] | {"bias": untransformed})
 
 
-def test_partition_keeps_the_parts_apart(make, params, grads, run):
-    labels = {name: "ours" if name == "stack" else "sgd" for name in params}
+def test_partition_keeps_the_parts_apart(make, params, grads, run, bare):
+    labels = {name: "ours" if name == "kernel" else "sgd" for name in params}
     tx = optax.partition({"ours": make(), "sgd": optax.sgd(0.1)}, labels)
     together, _ = run(tx, params, grads)
-    ours, _ = run(make(), {"stack": params["stack"]}, [{"stack": g["stack"]} for g in grads])
     sgd, _ = run(optax.sgd(0.1), params, grads)
-    assert_close(together, sgd | ours)
+    assert_close(together, sgd | {"kernel": bare[0]["kernel"]})
 
 
 def test_multi_steps_is_the_step_on_the_mean_gradient(make, params, grads, run):
@@ -74,9 +70,10 @@ def test_hyperparameters_can_be_injected_and_changed(name, params, grads, run):
     assert_close(moved, direct)
     assert not set(static) & set(state.hyperparams)
 
-    before, _ = jax.jit(tx.update)(grads[0], state, moved)
+    update = jax.jit(tx.update)
+    before, _ = update(grads[0], state, moved)
     state.hyperparams["learning_rate"] = jnp.asarray(3e-2)
-    after, _ = jax.jit(tx.update)(grads[0], state, moved)
+    after, _ = update(grads[0], state, moved)
     assert_close(after, jax.tree.map(lambda u: 3 * u, before))
 
 
@@ -85,8 +82,9 @@ def test_hyperparameters_can_be_schedules(name, params, grads, run):
     factory, static, settings = INJECTED[name]
     rate = optax.linear_schedule(1e-2, 1e-3, 4)
     injected = optax.inject_hyperparams(factory, static_args=static)
-    through_injection, _ = run(injected(learning_rate=rate, rank=4, **settings), params, grads)
-    through_argument, _ = run(factory(rate, rank=4, **settings), params, grads)
+    kernel, steps = params["kernel"], [g["kernel"] for g in grads]
+    through_injection, _ = run(injected(learning_rate=rate, rank=4, **settings), kernel, steps)
+    through_argument, _ = run(factory(rate, rank=4, **settings), kernel, steps)
     assert_close(through_injection, through_argument)
 
 
@@ -105,11 +103,10 @@ def test_flatten_runs_it_as_one_vector(make, params, grads, run):
     np.testing.assert_allclose(ravel(flat), vector, rtol=1e-5)
 
 
-def test_frozen_leaves_stay(make, params, grads, run):
-    frozen = {name: name == "stack" for name in params}
+def test_frozen_leaves_stay(make, params, grads, run, bare):
+    frozen = {name: name == "bias" for name in params}
     moved, _ = run(optax.chain(make(), optax.transforms.freeze(frozen)), params, grads)
-    free, _ = run(make(), params, grads)
-    assert_close(moved, free | {"stack": params["stack"]})
+    assert_close(moved, bare[0] | {"bias": params["bias"]})
 
 
 def test_chain_with_clipping(make, params, grads, run):
@@ -120,7 +117,7 @@ def test_chain_with_clipping(make, params, grads, run):
     assert_close(chained, by_hand, rtol=1e-4)
 
 
-def test_scan_is_the_loop(make, params, grads, run):
+def test_scan_is_the_loop(make, params, grads, bare):
     tx = make()
 
     def step(carry, g):
@@ -130,8 +127,7 @@ def test_scan_is_the_loop(make, params, grads, run):
 
     stacked = jax.tree.map(lambda *g: jnp.stack(g), *grads)
     (scanned, _), _ = jax.lax.scan(step, (params, tx.init(params)), stacked)
-    looped, _ = run(tx, params, grads)
-    assert_close(scanned, looped)
+    assert_close(scanned, bare[0])
 
 
 def test_vmap_is_the_loop_over_models(make, params, grads, run):
@@ -139,6 +135,7 @@ def test_vmap_is_the_loop_over_models(make, params, grads, run):
     models = [params, jax.tree.map(lambda p: -2 * p, params), jax.tree.map(jnp.square, params)]
     stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)
 
+    @jax.jit
     @jax.vmap
     def two_steps(params, first, second):
         state = tx.init(params)
@@ -148,8 +145,8 @@ def test_vmap_is_the_loop_over_models(make, params, grads, run):
         return params
 
     moved = two_steps(stack(models), stack(grads[:3]), stack(grads[1:]))
-    for i, model in enumerate(models):
-        alone, _ = run(tx, model, [grads[i], grads[i + 1]])
+    for i in (0, 2):
+        alone, _ = run(tx, models[i], [grads[i], grads[i + 1]])
         assert_close(jax.tree.map(lambda x, i=i: x[i], moved), alone)
 
 
@@ -165,11 +162,10 @@ def test_cond_carries_the_state(make, params, grads):
     _, kept = maybe(False, grads[0], state, params)
     assert_equal(kept, state)
     updates, _ = maybe(True, grads[0], state, params)
-    assert_close(updates, tx.update(grads[0], state, params)[0])
+    assert_close(updates, jax.jit(tx.update)(grads[0], state, params)[0])
 
 
-def test_donated_buffers_are_reused(make, params, grads, run):
-    expected, _ = run(make(), params, grads)
+def test_donated_buffers_are_reused(make, params, grads, bare):
     tx = make()
 
     def step(params, state, g):
@@ -183,12 +179,12 @@ def test_donated_buffers_are_reused(make, params, grads, run):
         old_params, old_state = params, state
         params, state = step(params, state, g)
         assert all(x.is_deleted() for x in jax.tree.leaves((old_params, old_state)))
-    assert_close(params, expected)
+    assert_close(params, bare[0])
 
 
-def test_map_params_reaches_each_state_leaf_once(make, params, grads, run):
+def test_map_params_reaches_each_state_leaf_once(make, params):
     tx = make()
-    _, state = run(tx, params, grads)
+    state = tx.init(params)
     paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(state), strict=True)
     number = jax.tree.unflatten(jax.tree.structure(state), range(len(leaves)))
     of_params, of_others = [], []
@@ -212,21 +208,22 @@ def test_trees_without_leaves(make, empty):
     assert jax.tree.structure(state) == jax.tree.structure(tx.init(empty))
 
 
-def test_a_leaf_without_a_gradient_stays(make, params, grads, run):
+def test_a_leaf_without_a_gradient_stays(make, params, grads):
     """Optax allows None for the gradient of a leaf; its update is None."""
     tx = make()
     state = tx.init(params)
-    partial = grads[0] | {"stack": None, "bias": None}
-    updates, new_state = jax.jit(tx.update)(partial, state, params)
-    assert updates["stack"] is None and updates["bias"] is None
-    assert jax.tree.structure(new_state) == jax.tree.structure(state)
-    others = {name: params[name] for name in ("kernel", "temperature")}
-    alone, _ = tx.update({n: grads[0][n] for n in others}, tx.init(others), others)
-    assert_close({name: updates[name] for name in others}, alone)
+    update = jax.jit(tx.update)
+    whole, _ = update(grads[0], state, params)
+    for absent, present in (("kernel", "bias"), ("bias", "kernel")):
+        updates, new_state = update(grads[0] | {absent: None}, state, params)
+        assert updates[absent] is None
+        assert_close(updates[present], whole[present])
+        assert jax.tree.structure(new_state) == jax.tree.structure(state)
 
 
 def test_init_needs_shapes_only(make, params):
     tx = make()
+    params = params | {"stack": jnp.ones((3, 8, 16), jnp.bfloat16)}
     shapes = jax.eval_shape(lambda: params)
     type_of = lambda x: (jnp.shape(x), jnp.result_type(x))
     from_shapes = jax.tree.map(type_of, tx.init(shapes))
@@ -234,11 +231,9 @@ def test_init_needs_shapes_only(make, params):
     assert from_shapes == jax.tree.map(type_of, jax.eval_shape(tx.init, shapes))
 
 
-def test_state_can_be_saved_and_carried(make, params, grads, run):
+def test_state_can_be_saved_and_carried(make, params, bare):
     """No zero-size array (Orbax refuses them), no Python number, no weak type, no drift."""
-    tx = make()
-    state = tx.init(params)
-    _, later = run(tx, params, grads)
+    state, later = make().init(params), bare[1]
     for leaf in jax.tree.leaves(state):
         assert isinstance(leaf, jax.Array) and leaf.size > 0 and not leaf.weak_type
     assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, later)
@@ -257,15 +252,16 @@ def test_unknown_extra_arguments_are_ignored(make, params, grads):
     tx = make()
     assert isinstance(tx, optax.GradientTransformationExtraArgs)
     state = tx.init(params)
-    with_extra, _ = tx.update(grads[0], state, params, value=jnp.float32(1.0), loss_scale=2)
-    assert_equal(with_extra, tx.update(grads[0], state, params)[0])
+    update = jax.jit(tx.update)
+    with_extra, _ = update(grads[0], state, params, value=jnp.float32(1.0), loss_scale=2)
+    assert_equal(with_extra, update(grads[0], state, params)[0])
 
 
 def test_params_may_be_a_bare_array_a_list_or_a_tuple(make, params, grads, run):
     """At full rank, where the start of the subspace, drawn by the leaf's path, cannot matter."""
     tx = make(rank=8)
     kernel, steps = params["kernel"], [g["kernel"] for g in grads]
-    bare, _ = run(tx, kernel, steps)
-    for box in (lambda x: [x], lambda x: (x,), lambda x: {"deep": [{"er": x}]}):
+    moved, _ = run(tx, kernel, steps)
+    for box in (lambda x: [x], lambda x: {"deep": (x,)}):
         boxed, _ = run(tx, box(kernel), [box(g) for g in steps])
-        assert_close(boxed, box(bare))
+        assert_close(boxed, box(moved))
