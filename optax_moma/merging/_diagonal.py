@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from optax_moma.merging import _metric, _select, _steps
 from optax_moma.merging._contract import Contract, check_number
-from optax_moma.merging._leaf import TaskVectors, combined
+from optax_moma.merging._leaf import TaskVectors, combined, sum_experts
 from optax_moma.merging._steps import Chain, Number, chain
 
 
@@ -265,14 +265,14 @@ class Umtam:
         H = jnp.sqrt(R * C)
         s = d**2 * H
         bits = _select.ordered_bits(s)
-        threshold = _select.kth_largest(bits, _select.kept_count(self.density, bits.shape[1]))
-        mask = _select.keep(bits, threshold, self.density).reshape(d.shape)
-        elected = jnp.sign(jnp.sum(mask * s * jnp.sign(d), axis=0))
+        threshold = _select.kth_largest(
+            bits, _select.kept_count(self.density, bits.size // bits.shape[0])
+        )
+        mask = _select.keep(bits, threshold, self.density)
+        elected = jnp.sign(sum_experts(mask * s * jnp.sign(d)))
         agree = mask & (jnp.sign(d) == elected) & (elected != 0)
         w = leaf.weight * agree * H / (jnp.max(H, axis=(1, 2), keepdims=True) + _UMTAM_FLOOR)
-        return combined(
-            leaf, jnp.sum(w * d, axis=0) / jnp.maximum(jnp.sum(w, axis=0), _UMTAM_FLOOR)
-        )
+        return combined(leaf, sum_experts(w * d) / jnp.maximum(sum_experts(w), _UMTAM_FLOOR))
 
 
 def umtam(density: Number = 0.2) -> Chain:

@@ -41,7 +41,7 @@ class TaskVectors(NamedTuple):
     Attributes:
       delta: Task vectors, expert - base, shape (k, *shape), float32 (float64 for float64 leaves).
         Without a base they are the experts' parameters. After a step that combines, k is 1.
-      weight: Each expert's say at each entry, broadcastable to ``delta``. Starts as the weights
+      weight: Each expert's say at each entry, in the shape of ``delta``. Starts as the weights
         given by the user; masks and curvature multiply it.
       base: The base's leaf in the dtype of ``delta``, or None.
       curvature: One estimate per expert, as given (dense or ``Factored``), or None.
@@ -74,14 +74,31 @@ def task_vectors(inputs: LeafInputs) -> TaskVectors:
         leaf_key = jax.random.fold_in(inputs.key, inputs.path_id)
         ids = jnp.asarray(inputs.expert_ids)
         keys = jax.lax.map(lambda i: jax.random.fold_in(leaf_key, i), ids)
-    weight = jnp.asarray(inputs.weights, dtype).reshape((-1,) + (1,) * (delta.ndim - 1))
+    weight = per_expert(jnp.asarray(inputs.weights, dtype), delta) * jnp.ones_like(delta)
     return TaskVectors(delta, weight, base, inputs.curvature, keys)
 
 
 def combined(leaf: TaskVectors, delta: jax.Array) -> TaskVectors:
     """Returns the record of one merged task vector of the leaf's own shape."""
-    one = jnp.ones((1,) * (delta.ndim + 1), delta.dtype)
-    return TaskVectors(delta[None], one, leaf.base, None, None)
+    delta = delta[None]
+    return TaskVectors(delta, jnp.ones_like(delta), leaf.base, None, None)
+
+
+def per_expert(numbers: jax.Array, delta: jax.Array) -> jax.Array:
+    """Returns k numbers in a shape that multiplies k task vectors."""
+    return jnp.expand_dims(numbers, tuple(range(1, delta.ndim)))
+
+
+def sum_experts(x: jax.Array) -> jax.Array:
+    """Returns the sum over the first axis, term by term.
+
+    XLA fuses a stack into ``jnp.sum(x, axis=0)`` in a way that takes a thousand times as long on a
+    CPU; and this order of additions is the same on every device.
+    """
+    total = x[0]
+    for t in range(1, x.shape[0]):
+        total = total + x[t]
+    return total
 
 
 def compute_dtype(arrays: Sequence[jax.Array]) -> jnp.dtype:

@@ -13,13 +13,15 @@ from dataclasses import dataclass, field, replace
 import jax
 import jax.numpy as jnp
 
+from optax_moma.merging._leaf import per_expert
+
 _DIGIT = 1 << 16
 
 
 def ordered_bits(score: jax.Array) -> jax.Array:
-    """Returns (k, n) integers in the order of non-negative scores of shape (k, *shape)."""
-    flat = jax.lax.stop_gradient(score).astype(jnp.float32).reshape(score.shape[0], -1)
-    return jax.lax.bitcast_convert_type(flat, jnp.uint32)
+    """Returns integers in the order of non-negative scores, shape (k, *shape)."""
+    score = jax.lax.stop_gradient(score).astype(jnp.float32)
+    return jax.lax.bitcast_convert_type(score, jnp.uint32)
 
 
 def kept_count(density: jax.Array | float, n: jax.Array | int) -> jax.Array:
@@ -33,7 +35,7 @@ def kept_count(density: jax.Array | float, n: jax.Array | int) -> jax.Array:
 
 
 def kth_largest(bits: jax.Array, rank: jax.Array) -> jax.Array:
-    """Returns the rank-th largest of each row of ``bits``, (k, n) -> (k,).
+    """Returns the rank-th largest of each row of ``bits``, (k, *shape) -> (k,).
 
     Two bits are settled per pass: one fused reduction with three counts reads the data half as
     often as one bit per pass, and was measured faster than one or three bits on a CPU.
@@ -43,12 +45,12 @@ def kth_largest(bits: jax.Array, rank: jax.Array) -> jax.Array:
         # The last pass of the 31 bits looks again at the bit before the last, which is harmless.
         shift = jnp.maximum(29 - 2 * i, 0).astype(jnp.uint32)
         candidates = [threshold | (jnp.uint32(digit) << shift) for digit in (1, 2, 3)]
-        reached = tuple((bits >= c[:, None]).astype(jnp.uint32) for c in candidates)
+        reached = tuple((bits >= per_expert(c, bits)).astype(jnp.uint32) for c in candidates)
         counts = jax.lax.reduce(
             reached,
             (jnp.uint32(0),) * 3,
             lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True)),
-            (1,),
+            tuple(range(1, bits.ndim)),
         )
         for candidate, count in zip(candidates, counts, strict=True):
             threshold = jnp.where(count >= rank, candidate, threshold)
@@ -58,13 +60,13 @@ def kth_largest(bits: jax.Array, rank: jax.Array) -> jax.Array:
 
 
 def keep(bits: jax.Array, threshold: jax.Array, density: jax.Array | float) -> jax.Array:
-    """Returns the mask (k, n) of the entries that reach their row's threshold.
+    """Returns the mask (k, *shape) of the entries that reach their row's threshold.
 
     All entries that tie with the threshold are kept. Zero scores are kept at density 1 only, and
     nothing is kept at density 0.
     """
     density = jnp.asarray(density)
-    return (bits >= threshold[:, None]) & ((bits > 0) | (density >= 1)) & (density > 0)
+    return (bits >= per_expert(threshold, bits)) & ((bits > 0) | (density >= 1)) & (density > 0)
 
 
 @jax.tree_util.register_dataclass
@@ -89,6 +91,7 @@ class GlobalThreshold:
 
     def count(self, bits: jax.Array) -> jax.Array:
         """Returns a histogram (k, 65536) of the next 16 bits of the entries still in question."""
+        bits = bits.reshape(bits.shape[0], -1)
         digit = bits >> 16
         if self.bits is not None:
             # An index past the end is dropped: these entries are already decided.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from optax_moma.merging import _metric, _select
 from optax_moma.merging._contract import Contract, Step, SummaryStep, check_number
-from optax_moma.merging._leaf import TaskVectors, combined
+from optax_moma.merging._leaf import TaskVectors, combined, sum_experts
 
 Number = float | jax.Array
 
@@ -122,12 +122,13 @@ class Trim:
         """Multiplies the weights by the mask."""
         bits = self._bits(leaf)
         if self.search is None:
-            threshold = _select.kth_largest(bits, _select.kept_count(self.density, bits.shape[1]))
+            threshold = _select.kth_largest(
+                bits, _select.kept_count(self.density, bits.size // bits.shape[0])
+            )
         else:
             assert self.search.bits is not None
             threshold = self.search.bits
-        mask = _select.keep(bits, threshold, self.density).reshape(leaf.delta.shape)
-        return leaf._replace(weight=leaf.weight * mask)
+        return leaf._replace(weight=leaf.weight * _select.keep(bits, threshold, self.density))
 
     def count(self, leaf: TaskVectors) -> jax.Array:
         """Returns one leaf's histogram of scores."""
@@ -263,7 +264,7 @@ class Elect:
     def __call__(self, leaf: TaskVectors) -> TaskVectors:
         """Multiplies the weights by the agreement with the vote."""
         say = leaf.weight * leaf.delta
-        elected = jnp.sign(jnp.sum(say, axis=0))
+        elected = jnp.sign(sum_experts(say))
         return leaf._replace(weight=leaf.weight * ((jnp.sign(say) == elected) & (elected != 0)))
 
 
@@ -307,7 +308,7 @@ class Weigh:
         assert leaf.curvature is not None
         scaled = _metric.relative_power if self.normalize else _metric.joint_power
         weight = leaf.weight * scaled(leaf.curvature, self.power, leaf.delta.dtype)
-        heard = jnp.any(weight != 0, axis=0)
+        heard = sum_experts(jnp.abs(weight)) > 0
         return leaf._replace(weight=jnp.where(heard, weight, leaf.weight))
 
 
@@ -364,10 +365,11 @@ class Mean:
 
 def weighted_mean(leaf: TaskVectors) -> jax.Array:
     """Returns the weighted mean of a leaf's task vectors, shape ``leaf.delta.shape[1:]``."""
-    say = jnp.sum(jnp.broadcast_to(leaf.weight, leaf.delta.shape), axis=0)
-    silent = jnp.zeros_like(say) if leaf.base is not None else jnp.mean(leaf.delta, axis=0)
-    average = jnp.sum(leaf.weight * leaf.delta, axis=0) / _metric.nonzero(say)
-    return jnp.where(say == 0, silent, average)
+    say = sum_experts(leaf.weight)
+    average = sum_experts(leaf.weight * leaf.delta) / _metric.nonzero(say)
+    if leaf.base is not None:
+        return average
+    return jnp.where(say == 0, sum_experts(leaf.delta) / leaf.delta.shape[0], average)
 
 
 def mean() -> Mean:
@@ -399,7 +401,7 @@ class Total:
 
     def __call__(self, leaf: TaskVectors) -> TaskVectors:
         """Combines the task vectors."""
-        return combined(leaf, jnp.sum(leaf.weight * leaf.delta, axis=0))
+        return combined(leaf, sum_experts(leaf.weight * leaf.delta))
 
 
 def total() -> Total:
