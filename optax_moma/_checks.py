@@ -1,0 +1,37 @@
+"""Arguments are checked where they come in. Traced values are not: they have no value yet."""
+
+import operator
+from typing import Any
+
+import jax
+from jax.core import Tracer
+
+Scalar = float | jax.Array
+
+
+def check_integer(name: str, value: Any, lowest: int) -> int:
+    """``value`` as a Python integer of at least ``lowest``: it fixes shapes."""
+    if isinstance(value, Tracer | jax.Array | bool):
+        raise TypeError(
+            f"{name} must be a Python integer, got {value!r}: it fixes the shapes of the state."
+            f" Under optax.inject_hyperparams name it in static_args=('{name}', ...)."
+        )
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}.") from None
+    if number < lowest:
+        raise ValueError(f"{name} must be at least {lowest}, got {number}.")
+    return number
+
+
+def check_decay(name: str, value: Any) -> None:
+    """``value`` lies in [0, 1)."""
+    if isinstance(value, int | float) and not 0 <= value < 1:
+        raise ValueError(f"{name} must lie in [0, 1), got {value}: it is the share that is kept.")
+
+
+def check_not_negative(name: str, value: Any) -> None:
+    """``value`` is at least zero, and a number."""
+    if isinstance(value, int | float) and not value >= 0:
+        raise ValueError(f"{name} must not be negative, got {value}.")

@@ -1,0 +1,132 @@
+r"""The linear algebra of U, s, V: a matrix of rank r that follows a moving target.
+
+Nothing here factorizes an array larger than r x r, and large arrays meet only matrix products, so
+that every function runs with rows and columns sharded, and stacks of matrices are batched.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ._checks import Scalar
+from ._matrix import Operator, contract
+
+
+class Factors(NamedTuple):
+    """The matrix ``U diag(s) V^T`` (or a stack of them).
+
+    U (m, r) has orthonormal columns and V (n, r) unit columns; s (r,) is non-negative. Under a
+    target that rests, the factors converge to its leading singular vectors and values, in order.
+    """
+
+    U: jax.Array
+    s: jax.Array
+    V: jax.Array
+
+
+def orthonormalize(Y: jax.Array) -> jax.Array:
+    r"""An orthonormal basis Q (m, r) of the columns of Y, by two passes of Cholesky-QR.
+
+    A pass scales the columns to unit length, factorizes their Gram matrix, shifted by the rounding
+    error it may hold, :math:`Y^T Y + \delta I = L L^T` with :math:`\delta = r\,eps`, and returns
+    :math:`Y L^{-T}`. The scaling makes the Gram nearly the identity when the columns are scaled
+    orthogonal vectors, as they become in a warm-started iteration. A column that depends on those
+    before it shows as a pivot of the size of the shift, and leaves a null column in Q: so
+    ``Q Q^T`` is a projection whatever the rank of Y.
+
+    The order of the columns is that of Gram-Schmidt: the first k columns of Q span the first k of
+    Y, which is what makes the factors converge to singular vectors one by one.
+
+    Source: Fukaya et al., "Shifted Cholesky QR for computing the QR factorization of
+    ill-conditioned matrices", 2020.
+    """
+    r, dtype = Y.shape[-1], Y.dtype
+    shift = r * jnp.finfo(dtype).eps
+    for _ in range(2):
+        Y = Y / _positive(jnp.linalg.norm(Y, axis=-2, keepdims=True))
+        L = _cholesky(contract("mr,ms->rs", Y, Y) + shift * jnp.eye(r, dtype=dtype))
+        independent = jnp.diagonal(L, axis1=-2, axis2=-1) ** 2 > 8 * shift
+        # The shift shortens a column that was orthogonal to the others by sqrt(1 + shift).
+        Y = jnp.where(independent[..., None, :], jnp.sqrt(1 + shift) * _right_divided(Y, L), 0)
+    return Y
+
+
+def follow(
+    factors: Factors, decay: Scalar, matmul: Operator, rmatmul: Operator
+) -> tuple[Factors, jax.Array]:
+    r"""One warm-started subspace step: the rank-r part of ``decay * U s V^T + A``.
+
+    .. math::
+        Y = decay\, U s (V^T V) + A V, \quad Q = orth(Y), \quad
+        Z = decay\, (Q^T U) s V^T + Q^T A
+
+    and the result is :math:`Q Z = Q Q^T (decay\, U s V^T + A)`, the projection of the target on
+    the subspace that one power iteration from V finds. It costs two products with A and no
+    factorization of anything larger than r x r.
+
+    Args:
+      factors: The current rank-r matrix.
+      decay: A number.
+      matmul: ``X (n, r) -> A X (m, r)``; A itself is never needed.
+      rmatmul: ``X (m, r) -> X^T A (r, n)``.
+
+    Returns:
+      The new factors, and ``Q^T A`` (r, n), from which A's share inside the subspace follows.
+    """
+    U, s, V = factors
+    Us = U * (decay * s)[..., None, :]
+    Q = orthonormalize(contract("mr,rs->ms", Us, contract("nr,ns->rs", V, V)) + matmul(V))
+    inside = rmatmul(Q)
+    Z = contract("rs,ns->rn", contract("mr,ms->rs", Q, Us), V) + inside
+    return _normalized(Q, Z, V), inside
+
+
+def _normalized(Q: jax.Array, Z: jax.Array, previous: jax.Array) -> Factors:
+    """``Q Z`` with Z (r, n) split into lengths and unit rows, the columns of V.
+
+    A row that came to nothing is free to search: it keeps its previous direction, less what the
+    other rows already cover, so that the next step looks where nobody has looked.
+    """
+    s = jnp.linalg.norm(Z, axis=-1)
+    found = s > Z.shape[-2] * jnp.finfo(Z.dtype).eps * jnp.max(s, axis=-1, keepdims=True)
+    s = jnp.where(found, s, 0)
+    V = transposed(Z / _positive(s)[..., None] * found[..., None])
+
+    def search() -> jax.Array:
+        unseen = previous - contract("nr,rs->ns", V, contract("nr,ns->rs", V, previous))
+        unseen = unseen / _positive(jnp.linalg.norm(unseen, axis=-2, keepdims=True))
+        return jnp.where(found[..., None, :], V, unseen)
+
+    return Factors(Q, s, jax.lax.cond(jnp.all(found), lambda: V, search))
+
+
+def transposed(x: jax.Array) -> jax.Array:
+    """(*batch, m, n) -> (*batch, n, m)."""
+    return jnp.swapaxes(x, -1, -2)
+
+
+def _positive(x: jax.Array) -> jax.Array:
+    """``x``, and one where it is zero: a divisor that leaves null columns null."""
+    return jnp.where(x > 0, x, 1)
+
+
+def _cholesky(gram: jax.Array) -> jax.Array:
+    return _batched(jnp.linalg.cholesky, gram)
+
+
+def _right_divided(Y: jax.Array, L: jax.Array) -> jax.Array:
+    """``Y L^-T``, through the inverse of the r x r factor: the tall product is a plain matmul."""
+
+    def inverse(L: jax.Array) -> jax.Array:
+        eye = jnp.eye(L.shape[-1], dtype=L.dtype)
+        return jax.lax.linalg.triangular_solve(L, eye, left_side=True, lower=True)
+
+    return contract("mr,sr->ms", Y, _batched(inverse, L))
+
+
+def _batched(f, *args: jax.Array) -> jax.Array:
+    """vmap over the stacked axes: the native batching of these fails on explicit meshes."""
+    for _ in range(args[0].ndim - 2):
+        f = jax.vmap(f)
+    return f(*args)

@@ -1,0 +1,296 @@
+"""A leaf seen as a stack of matrices, ``x W = y``: m rows of fan-in, n columns of fan-out.
+
+Everything above works on arrays of shape (*batch, m, n). This page decides which axes of a leaf are
+which, moves them there and back, and keeps the shardings of explicit meshes on the way.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+class Layout(NamedTuple):
+    """Which axes of a leaf of this shape are stacked, rows (fan-in) and columns (fan-out)."""
+
+    shape: tuple[int, ...]
+    batch: tuple[int, ...]
+    rows: tuple[int, ...]
+    cols: tuple[int, ...]
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """(*batch, m, n)."""
+        m, n = (math.prod(self.shape[i] for i in axes) for axes in (self.rows, self.cols))
+        return (*(self.shape[i] for i in self.batch), m, n)
+
+    def to_matrix(self, x: jax.Array) -> jax.Array:
+        """The leaf as an array of shape (*batch, m, n)."""
+        x = jnp.transpose(_drop_minor_shardings(x, self), self.batch + self.rows + self.cols)
+        return _reshape(x, self.matrix_shape, self._matrix_spec(x))
+
+    def from_matrix(self, x: jax.Array, like: jax.Array) -> jax.Array:
+        """The inverse of :meth:`to_matrix`; an explicit sharding comes back as that of ``like``."""
+        order = self.batch + self.rows + self.cols
+        shape = tuple(self.shape[i] for i in order)
+        x = _reshape(x, shape, self._leaf_spec(x))
+        x = jnp.transpose(x, tuple(order.index(i) for i in range(len(order))))
+        return reshard(x, sharding_of(like))
+
+    def rows_in_leaf(self, r: jax.Array) -> jax.Array:
+        """A quantity per row, (*batch, m), laid out to broadcast against the leaf."""
+        return self._in_leaf(r, self.cols)
+
+    def cols_in_leaf(self, c: jax.Array) -> jax.Array:
+        """A quantity per column, (*batch, n), laid out to broadcast against the leaf."""
+        return self._in_leaf(c, self.rows)
+
+    def _in_leaf(self, x: jax.Array, missing: tuple[int, ...]) -> jax.Array:
+        order = self.batch + self.rows + self.cols
+        sizes = tuple(1 if i in missing else self.shape[i] for i in order)
+        return jnp.transpose(x.reshape(sizes), tuple(order.index(i) for i in range(len(order))))
+
+    def row_sharding(self, leaf: Any, *, minor: bool) -> NamedSharding | None:
+        """Sharding of a (*batch, m) array, or (*batch, m, r) if ``minor``, as the leaf's rows."""
+        return self._factor_sharding(leaf, self.rows, minor)
+
+    def col_sharding(self, leaf: Any, *, minor: bool) -> NamedSharding | None:
+        """Sharding of a (*batch, n) array, or (*batch, n, r), laid as the leaf's columns."""
+        return self._factor_sharding(leaf, self.cols, minor)
+
+    def batch_sharding(self, leaf: Any) -> NamedSharding | None:
+        """Sharding of a (*batch, r) array."""
+        return self._factor_sharding(leaf, (), True)
+
+    def _factor_sharding(
+        self, leaf: Any, axes: tuple[int, ...], minor: bool
+    ) -> NamedSharding | None:
+        sharding = sharding_of(leaf)
+        if sharding is None:
+            return None
+        spec = _padded(sharding.spec, len(self.shape))
+        kept = [spec[i] for i in (*self.batch, *axes[:1])] + [None] * minor
+        return NamedSharding(sharding.mesh, PartitionSpec(*kept))
+
+    def _matrix_spec(self, transposed: jax.Array) -> tuple[Any, ...]:
+        b, r = len(self.batch), len(self.rows)
+        spec = _spec_of(transposed)
+        return (*spec[:b], spec[b], spec[b + r])
+
+    def _leaf_spec(self, matrix: jax.Array) -> tuple[Any, ...]:
+        *batch, row, col = _spec_of(matrix)
+        return (
+            *batch, row, *([None] * (len(self.rows) - 1)), col, *([None] * (len(self.cols) - 1))
+        )  # fmt: skip
+
+
+def layouts(
+    params: Any, dimension_numbers: Any, min_dim_size_to_factor: int
+) -> list[Layout | None]:
+    """The layout of every leaf of ``params``, in order; None for a leaf that is kept dense.
+
+    Args:
+      params: A tree of arrays (or ShapeDtypeStructs).
+      dimension_numbers: None, for the rule below; one spec with ``reduction_axis`` (fan-in) and
+        ``output_axis`` (fan-out), each an axis or several, such as
+        ``optax.contrib.MuonDimensionNumbers``; a tree of them, possibly a prefix of ``params``,
+        with None at leaves that are no matrices; or a callable from ``params`` to one of these.
+        Axes that are not named stack independent matrices.
+      min_dim_size_to_factor: A matrix with fewer rows or columns than this is kept dense.
+
+    Without dimension numbers a two-dimensional leaf is its own matrix; of a leaf with more axes the
+    last two are the matrix when both reach ``min_dim_size_to_factor`` (layers stacked for a scan),
+    else its axes are cut in two where the halves are most nearly square (a convolution's kernel, an
+    attention projection with separate heads).
+    """
+    leaves = jax.tree.leaves(params, is_leaf=_is_none)
+    if callable(dimension_numbers) and not _is_spec(dimension_numbers):
+        dimension_numbers = dimension_numbers(params)
+    if dimension_numbers is None:
+        specs: list[Any] = [_default_axes(leaf, min_dim_size_to_factor) for leaf in leaves]
+    else:
+        spread = _broadcast(dimension_numbers, params)
+        specs = [_named_axes(spec, leaf) for spec, leaf in zip(spread, leaves, strict=True)]
+    return [_layout(*pair, min_dim_size_to_factor) for pair in zip(leaves, specs, strict=True)]
+
+
+_Axes = tuple[tuple[int, ...], tuple[int, ...]] | None
+
+
+def default_layouts(leaf: Any) -> list[Layout]:
+    """The layouts that the rule without dimension numbers may give a leaf, for any threshold."""
+    candidates = (_layout(leaf, _default_axes(leaf, size), 1) for size in (1, math.inf))
+    return [layout for layout in candidates if layout is not None]
+
+
+def paper_layout(leaf: Any) -> Layout | None:
+    """The published view of a leaf as one matrix: its first axis against all others."""
+    axes = tuple(range(leaf.ndim))
+    return _layout(leaf, (axes[:1], axes[1:]) if leaf.ndim > 1 else None, 1)
+
+
+def _layout(leaf: Any, axes: _Axes, min_dim_size_to_factor: int) -> Layout | None:
+    if axes is None or jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        return None
+    rows, cols = axes
+    batch = tuple(i for i in range(leaf.ndim) if i not in rows + cols)
+    layout = Layout(tuple(leaf.shape), batch, rows, cols)
+    if 0 in leaf.shape or min(layout.matrix_shape[-2:]) < min_dim_size_to_factor:
+        return None
+    return layout
+
+
+def _default_axes(leaf: Any, min_dim_size_to_factor: float) -> _Axes:
+    if leaf is None or leaf.ndim < 2:
+        return None
+    axes, shape = tuple(range(leaf.ndim)), leaf.shape
+    if leaf.ndim == 2 or min(shape[-2:]) >= min_dim_size_to_factor:
+        return axes[-2:-1], axes[-1:]
+    cut = max(range(1, leaf.ndim), key=lambda i: min(math.prod(shape[:i]), math.prod(shape[i:])))
+    return axes[:cut], axes[cut:]
+
+
+def _named_axes(spec: Any, leaf: Any) -> _Axes:
+    if spec is None or leaf is None:
+        return None
+    rows, cols = (
+        tuple(_axis(i, leaf, spec) for i in ([axis] if isinstance(axis, int) else axis))
+        for axis in (spec.reduction_axis, spec.output_axis)
+    )
+    if not rows or not cols or len({*rows, *cols}) < len(rows) + len(cols):
+        raise ValueError(
+            f"dimension_numbers {spec} do not fit a leaf of shape {leaf.shape}: reduction_axis and"
+            " output_axis must each name at least one axis, and no axis twice."
+        )
+    return rows, cols
+
+
+def _axis(axis: int, leaf: Any, spec: Any) -> int:
+    if not -leaf.ndim <= axis < leaf.ndim:
+        raise ValueError(
+            f"dimension_numbers {spec} name axis {axis} of a leaf of shape {leaf.shape}. Name axes"
+            " that exist, or give None for a leaf that is no matrix."
+        )
+    return axis % leaf.ndim
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def _is_spec(x: Any) -> bool:
+    return hasattr(x, "reduction_axis") and hasattr(x, "output_axis")
+
+
+def _broadcast(dimension_numbers: Any, params: Any) -> list[Any]:
+    """One spec (or None) per leaf of ``params``, from a tree that may be a prefix of it."""
+
+    def spread(spec: Any, subtree: Any) -> Any:
+        if spec is not None and not _is_spec(spec):
+            raise TypeError(
+                f"dimension_numbers hold {spec!r} where a spec with reduction_axis and output_axis"
+                " (such as optax.contrib.MuonDimensionNumbers) or None is expected."
+            )
+        return [spec] * len(jax.tree.leaves(subtree, is_leaf=_is_none))
+
+    stop = lambda x: x is None or _is_spec(x)  # noqa: E731
+    try:
+        lists = jax.tree.map(spread, dimension_numbers, params, is_leaf=stop)
+    except ValueError as error:
+        raise ValueError(
+            f"dimension_numbers must be a tree like the parameters, or a prefix of it: {error}"
+        ) from error
+    return jax.tree.leaves(lists, is_leaf=stop)
+
+
+# Explicit meshes (sharding in types): the sharding is part of an array's type and never guessed.
+# Everywhere else these functions do nothing, and the compiler propagates shardings by itself.
+
+
+def sharding_of(x: Any) -> NamedSharding | None:
+    """The sharding in an array's type; None where the mesh is not explicit."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return None
+    sharding = jax.typeof(x).sharding
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def reshard(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+    """``x`` with this sharding in its type, if one is given and it is not there already."""
+    if sharding is None or jax.typeof(x).sharding == sharding:
+        return x
+    return jax.sharding.reshard(x, sharding)
+
+
+def contract(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """``einsum`` over the last axes in full float32 precision, batched over all axes before them.
+
+    TPUs multiply matrices in bfloat16 by default, which destroys orthogonality, hence the highest
+    precision. On an explicit mesh the axes that remain keep their sharding, and those summed over
+    end in an all-reduce.
+    """
+    inputs, output = subscripts.split("->")
+    letters = inputs.split(",")
+    batch = "abcdefgh"[: a.ndim - len(letters[0])]
+    letters, output = [batch + x for x in letters], batch + output
+    sharding = sharding_of(a) or sharding_of(b)
+    if sharding is not None:
+        axes: dict[str, Any] = {}
+        for names, x in zip(letters, (a, b), strict=True):
+            for name, axis in zip(names, _spec_of(x), strict=True):
+                axes[name] = axes.get(name) or axis
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*(axes[name] for name in output)))
+    return jnp.einsum(
+        f"{','.join(letters)}->{output}",
+        a,
+        b,
+        precision=jax.lax.Precision.HIGHEST,
+        out_sharding=sharding,
+    )
+
+
+def unshared(x: Any) -> Any:
+    """``x`` (an array or several), whose uses the compiler does not share with the original's.
+
+    Two reductions of one elementwise expression, such as the row and the column sums of ``G**2``,
+    would otherwise have it stored, as a temporary of the leaf's size that costs more to write and
+    read again than to compute twice.
+    """
+    return jax.lax.optimization_barrier(x)
+
+
+def _padded(spec: Iterable[Any], ndim: int) -> tuple[Any, ...]:
+    axes = tuple(spec)
+    return (*axes, *([None] * (ndim - len(axes))))
+
+
+def _spec_of(x: jax.Array) -> tuple[Any, ...]:
+    sharding = sharding_of(x)
+    return _padded(sharding.spec if sharding else (), x.ndim)
+
+
+def _reshape(x: jax.Array, shape: tuple[int, ...], spec: tuple[Any, ...]) -> jax.Array:
+    if x.shape == shape:
+        return x
+    sharding = sharding_of(x)
+    if sharding is None:
+        return x.reshape(shape)
+    return jax.lax.reshape(
+        x, shape, out_sharding=NamedSharding(sharding.mesh, PartitionSpec(*spec))
+    )
+
+
+def _drop_minor_shardings(x: jax.Array, layout: Layout) -> jax.Array:
+    """Of axes that are merged only the first may stay sharded: gather the others."""
+    sharding = sharding_of(x)
+    if sharding is None:
+        return x
+    minor = (*layout.rows[1:], *layout.cols[1:])
+    spec = [None if i in minor else axis for i, axis in enumerate(_spec_of(x))]
+    return reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
+
+
+Operator = Callable[[jax.Array], jax.Array]

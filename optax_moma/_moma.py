@@ -1,0 +1,484 @@
+r"""The optimizer: low-rank momentum of the preconditioned gradient.
+
+For a matrix W (m, n) with gradient G, at step t, with ``ema_b = b * old + (1 - b) * new``,
+``w1 = 1 - b1^t`` and ``w2 = 1 - b2^t``:
+
+.. math::
+    R &= ema_{b2}(G^2 1), \quad C = ema_{b2}(1^T G^2) \\
+    \hat G &= G \odot P, \quad P = (R C^T / \textstyle\sum R / w_2)^{-1/2} \\
+    Q &= orth\big((b_1 U s V^T + (1 - b_1) \hat G) V\big), \quad B = \hat G^T Q \\
+    U s V^T &\leftarrow Q Q^T (b_1 U s V^T + (1 - b_1) \hat G) \\
+    \Delta &= U s V^T / w_1 + \rho (I - Q Q^T) \hat G, \quad
+    \rho = \min(1, \lVert s \rVert / (w_1 \lVert B \rVert)) \\
+    \Delta &\leftarrow \Delta / \max(1, RMS(\Delta))
+
+P is rank one, so preconditioning scales rows and columns of thin products. The momentum lives in
+the preconditioned space: what its truncation drops is then what matters least for the step. What
+falls outside the subspace is not remembered, but the current gradient's share of it is applied,
+scaled by how much averaging shrinks the gradient inside: full-rank updates, at no state.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
+
+from . import _moments as moments
+from ._checks import Scalar, check_decay, check_integer, check_not_negative
+from ._lowrank import Factors, follow, transposed
+from ._matrix import Layout, contract, layouts, reshard, unshared
+from ._quantize import Blocks, dequantize, quantize
+from ._tree import at_least_float32, name_hash, named_leaves, to_entries, to_trees, unboxed
+
+
+class ScaleByMomaState(NamedTuple):
+    """State of :func:`scale_by_moma`: trees like the parameters, one per quantity.
+
+    A leaf has its entry in the trees of its kind and an ``optax.MaskedNode`` in the others. For a
+    matrix leaf (with stacked axes first, if it has any):
+
+    Attributes:
+      count: Number of updates so far, int32.
+      mu_weight: Total weight of the momentum's moving average, 1 - b1^count.
+      nu_weight: Total weight of the second moments' moving average, 1 - b2^count.
+      U: Left factors of the momentum, (m, r), orthonormal columns.
+      s: Lengths, (r,).
+      V: Right factors, (n, r), unit columns.
+      R: Moving average of the row sums of the squared gradient, (m,).
+      C: Moving average of its column sums, (n,).
+      saliency_row: Sums over rows of the loss decrease along the trajectory, (m,).
+      saliency_col: The same over columns, (n,).
+      error: The momentum outside the subspace, (m, n), or None.
+      mu: First moment of every other leaf.
+      nu: Second moment of every other leaf.
+      saliency: Loss decrease along the trajectory, entry by entry, of every other leaf.
+    """
+
+    count: Any
+    mu_weight: jax.Array
+    nu_weight: jax.Array
+    U: Any
+    s: Any
+    V: Any
+    R: Any
+    C: Any
+    saliency_row: Any
+    saliency_col: Any
+    error: Any
+    mu: Any
+    nu: Any
+    saliency: Any
+
+
+_ERROR_DTYPES = (jnp.float32, jnp.bfloat16, jnp.int8)
+
+
+class _Matrix(NamedTuple):
+    """What the state holds of one matrix leaf."""
+
+    U: Any
+    s: Any
+    V: Any
+    R: Any
+    C: Any
+    saliency_row: Any
+    saliency_col: Any
+    error: Any
+
+
+class _Dense(NamedTuple):
+    """What the state holds of one other leaf."""
+
+    mu: Any
+    nu: Any
+    saliency: Any
+
+
+_FIELDS = _Matrix._fields + _Dense._fields
+
+
+class _Hyper(NamedTuple):
+    """The numbers of one update."""
+
+    b1: Scalar
+    b2: Scalar
+    eps: Scalar
+    residual: Scalar
+    clip_rms: Scalar
+    learning_rate: Scalar
+    mu_weight: jax.Array
+    nu_weight: jax.Array
+
+
+def scale_by_moma(
+    rank: int = 32,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    *,
+    eps: Scalar = 1e-8,
+    residual: Scalar = 1.0,
+    clip_rms: Scalar = 1.0,
+    min_dim_size_to_factor: int = 128,
+    weight_dimension_numbers: Any = None,
+    saliency: bool = True,
+    learning_rate: optax.ScalarOrSchedule = 1.0,
+    error_dtype: DTypeLike | None = None,
+    mu_dtype: DTypeLike | None = None,
+    nu_dtype: DTypeLike | None = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Rescale updates by low-rank momentum of the preconditioned gradient.
+
+    The equations stand at the head of this module's source, and in :func:`moma`, the optimizer made
+    of it. State of a matrix (m, n): ``(rank + 2) (m + n) + rank`` numbers, with saliency.
+
+    Args:
+      rank: Columns of the momentum's factors, r >= 1 (at most min(m, n) are kept).
+      b1: Decay of the momentum, in [0, 1).
+      b2: Decay of the second moments R and C, in [0, 1).
+      eps: The preconditioner counts no row, column or entry as less than this share of the average
+        one. Relative: a loss multiplied by a constant gives the same updates.
+      residual: Multiplies the part of the gradient outside the subspace; 0 leaves it out.
+      clip_rms: Largest root mean square of a leaf's update, as in Adafactor; ``inf`` for none.
+      min_dim_size_to_factor: A matrix with fewer rows or columns is kept with Adam's dense moments,
+        as are leaves that are no matrices, and complex ones.
+      weight_dimension_numbers: Which axes of a leaf are fan-in and fan-out; the others stack
+        independent matrices. None (a two-dimensional leaf is a matrix; of more axes the last two
+        are, if both reach ``min_dim_size_to_factor``, else the axes are cut in two where the halves
+        are most nearly square), one ``optax.contrib.MuonDimensionNumbers``, a tree of them (a
+        prefix will do, None for leaves that are no matrices), or a callable from parameters to such
+        a tree.
+      saliency: Whether to accumulate the loss decrease along the trajectory, the path integral
+        :math:`\sum_t -g \odot \Delta w`, as row and column sums.
+      learning_rate: The rate (or schedule) by which the chain multiplies these updates later on. It
+        weighs the steps in ``saliency`` and touches nothing else.
+      error_dtype: None; or the type of a buffer (m, n) for the momentum outside the subspace:
+        ``float32``, ``bfloat16``, or ``int8`` with one scale per 128 entries. With it nothing is
+        lost by truncation, and the residual is that of the momentum: the dense average.
+      mu_dtype: Type of U, s, V and mu. None: the gradient's, but at least float32.
+      nu_dtype: Type of R, C, nu and the saliency. None: the gradient's, but at least float32.
+      seed: Seed of the random directions where the subspace starts to look.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``. It needs no params.
+
+    Raises:
+      ValueError: rank < 1, b1 or b2 outside [0, 1), a negative eps, residual or clip_rms, dimension
+        numbers that do not fit a leaf, an error_dtype that is none of the three.
+      TypeError: rank or min_dim_size_to_factor is not a Python integer. They fix shapes: under
+        ``optax.inject_hyperparams`` name them in ``static_args``.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_moma as om
+      >>> params = {"kernel": jnp.ones((256, 512)), "bias": jnp.zeros(512)}
+      >>> tx = optax.chain(om.scale_by_moma(rank=8), optax.scale(-1e-3))
+      >>> state = tx.init(params)
+      >>> state[0].U["kernel"].shape, state[0].R["kernel"].shape, state[0].mu["bias"].shape
+      ((256, 8), (256,), (512,))
+
+    Source: momentum in a warm-started subspace after Ahn et al., "Dion: Distributed Orthonormalized
+    Updates", 2025; R, C and the clipping after Shazeer and Stern, "Adafactor", 2018; the scaled
+    residual after Chen et al., "Fira", 2024; the path integral after Zenke et al., "Continual
+    Learning Through Synaptic Intelligence", 2017.
+    """
+    rank = check_integer("rank", rank, lowest=1)
+    min_dim_size_to_factor = check_integer(
+        "min_dim_size_to_factor", min_dim_size_to_factor, lowest=1
+    )
+    check_decay("b1", b1)
+    check_decay("b2", b2)
+    check_not_negative("eps", eps)
+    check_not_negative("residual", residual)
+    check_not_negative("clip_rms", clip_rms)
+    _check_error_dtype(error_dtype)
+
+    def init_leaf(name: str, leaf: Any, layout: Layout | None) -> _Matrix | _Dense | None:
+        if leaf is None:
+            return None
+        wide = at_least_float32(leaf.dtype)
+        real = jnp.finfo(wide).dtype
+        if layout is None:
+            mu = jnp.zeros_like(leaf, dtype=mu_dtype or wide)
+            nu = jnp.zeros_like(leaf, dtype=nu_dtype or real)
+            return _Dense(mu, nu, jnp.zeros_like(nu) if saliency else optax.MaskedNode())
+        *batch, m, n = layout.matrix_shape
+        r = min(rank, m, n)
+        row, col = layout.row_sharding(leaf, minor=False), layout.col_sharding(leaf, minor=False)
+        R, C = (
+            jnp.zeros((*batch, size), nu_dtype or wide, out_sharding=sharding)
+            for size, sharding in ((m, row), (n, col))
+        )
+        key = jax.random.fold_in(jax.random.key(seed), name_hash(name))
+        V = jax.random.normal(key, (*batch, n, r), wide) / jnp.sqrt(n).astype(wide)
+        kind = mu_dtype or wide
+        return _Matrix(
+            U=jnp.zeros((*batch, m, r), kind, out_sharding=layout.row_sharding(leaf, minor=True)),
+            s=jnp.zeros((*batch, r), kind, out_sharding=layout.batch_sharding(leaf)),
+            V=reshard(V.astype(kind), layout.col_sharding(leaf, minor=True)),
+            R=R,
+            C=C,
+            saliency_row=jnp.zeros_like(R) if saliency else optax.MaskedNode(),
+            saliency_col=jnp.zeros_like(C) if saliency else optax.MaskedNode(),
+            error=_no_error(leaf, layout, error_dtype),
+        )
+
+    def init(params: optax.Params) -> ScaleByMomaState:
+        params = unboxed(params)
+        names, leaves = named_leaves(params, is_leaf=lambda x: x is None)
+        kinds = layouts(params, weight_dimension_numbers, min_dim_size_to_factor)
+        entries = [init_leaf(*args) for args in zip(names, leaves, kinds, strict=True)]
+        # Three arrays, not one used three times: donation forbids a buffer that appears twice.
+        scalars = (jnp.zeros((), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32))
+        return ScaleByMomaState(*scalars, **to_trees(params, entries, _FIELDS))
+
+    def update(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del params, extra_args
+        plain = unboxed(updates)
+        rate: Any = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        hyper = _Hyper(
+            b1, b2, eps, residual, clip_rms, rate,
+            mu_weight=moments.ema(state.mu_weight, jnp.ones((), jnp.float32), b1),
+            nu_weight=moments.ema(state.nu_weight, jnp.ones((), jnp.float32), b2),
+        )  # fmt: skip
+        leaves, treedef = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
+        kinds = layouts(plain, weight_dimension_numbers, min_dim_size_to_factor)
+        forms = [_Matrix if layout else _Dense for layout in kinds]
+        steps, entries = [], []
+        for g, layout, entry in zip(leaves, kinds, to_entries(plain, state, forms), strict=True):
+            if g is None:
+                step, new = None, entry
+            elif layout is None:
+                step, new = _dense_step(g, entry, hyper)
+            else:
+                step, new = _matrix_step(g, entry, layout, hyper)
+            steps.append(step)
+            entries.append(jax.tree.map(lambda x, y: x.astype(y.dtype), new, entry))
+        return treedef.unflatten(steps), ScaleByMomaState(
+            optax.safe_increment(state.count),
+            hyper.mu_weight.astype(jnp.float32),
+            hyper.nu_weight.astype(jnp.float32),
+            **to_trees(plain, entries, _FIELDS),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _matrix_step(
+    g: jax.Array, state: _Matrix, layout: Layout, hyper: _Hyper
+) -> tuple[jax.Array, _Matrix]:
+    b1, w1 = hyper.b1, hyper.mu_weight
+    wide = at_least_float32(g.dtype)
+    G = layout.to_matrix(g).astype(wide)
+    U, s, V, R, C = (x.astype(wide) for x in state[:5])
+
+    R = moments.ema(R, moments.row_sums(jnp.square(G)), hyper.b2)
+    C = moments.ema(C, moments.col_sums(jnp.square(unshared(G))), hyper.b2)
+    p, q = moments.inverse_root(R, C, hyper.nu_weight, hyper.eps)
+    p, q = p[..., :, None], q[..., None, :]
+
+    if isinstance(state.error, optax.MaskedNode):
+        factors, inside = follow(
+            Factors(U, s, V),
+            b1,
+            # A = (1 - b1) P * G, and P = p q only ever scales rows and columns.
+            lambda X: (1 - b1) * p * contract("mn,nr->mr", G, transposed(q) * X),
+            lambda X: (1 - b1) * q * contract("mr,mn->rn", p * X, G),
+        )
+        B = inside / (1 - b1)
+        total = _norm(unshared(p) * G * unshared(q))
+        momentum = jnp.linalg.norm(factors.s, axis=-1)[..., None, None] / w1
+        rho = hyper.residual * jnp.minimum(1, momentum / _nonzero(_norm(B)))
+        outside = rho * jnp.sqrt(jnp.maximum(total**2 - _norm(B) ** 2, 0))
+        # U (s V^T / w1) + rho (G' - U B), whose length is known before it is formed.
+        clip = _clip(jnp.hypot(momentum, outside), layout, hyper.clip_rms)
+        K = transposed(factors.V) * (factors.s / w1)[..., None] - rho * B
+        low, high = contract("mr,rn->mn", factors.U, clip * K), clip * rho * p
+        step, error = low + high * G * q, state.error
+        # The sums read low rather than step, so that step is only ever written, as the update.
+        rows = moments.row_sums(G * (low + unshared(high) * G * q))
+        cols = moments.col_sums(G * (low + unshared(high) * G * q))
+    else:
+        A = (1 - b1) * p * G * q + b1 * _decode(state.error, wide)
+        factors, _ = follow(
+            Factors(U, s, V),
+            b1,
+            lambda X: contract("mn,nr->mr", A, X),
+            lambda X: contract("mr,mn->rn", X, A),
+        )
+        held, before = (
+            contract("mr,nr->mn", x.U * x.s[..., None, :], x.V) for x in (factors, Factors(U, s, V))
+        )
+        missed = b1 * before + A - held
+        step = (held + hyper.residual * missed) / w1
+        step = step * _clip(_norm(step), layout, hyper.clip_rms)
+        rows, cols = moments.row_sums(G * step), moments.col_sums(G * step)
+        error = quantize(missed) if isinstance(state.error, Blocks) else missed
+
+    rate = hyper.learning_rate
+    return layout.from_matrix(step, g).astype(g.dtype), _Matrix(
+        *factors,
+        R,
+        C,
+        _accumulate(state.saliency_row, rate * rows),
+        _accumulate(state.saliency_col, rate * cols),
+        error,
+    )
+
+
+def _dense_step(g: jax.Array, state: _Dense, hyper: _Hyper) -> tuple[jax.Array, _Dense]:
+    G = g.astype(at_least_float32(g.dtype))
+    mu = moments.ema(state.mu.astype(G.dtype), G, hyper.b1)
+    nu = moments.ema(state.nu.astype(G.real.dtype), jnp.square(jnp.abs(G)), hyper.b2)
+    step = mu / hyper.mu_weight * moments.dense_inverse_root(nu, hyper.nu_weight, hyper.eps)
+    rms = jnp.sqrt(jnp.mean(jnp.square(jnp.abs(step))))
+    step = step * jnp.minimum(1, hyper.clip_rms / _nonzero(rms))
+    descent = hyper.learning_rate * (G.conj() * step).real
+    return step.astype(g.dtype), _Dense(mu, nu, _accumulate(state.saliency, descent))
+
+
+def _check_error_dtype(error_dtype: DTypeLike | None) -> None:
+    if error_dtype is not None and jnp.dtype(error_dtype) not in _ERROR_DTYPES:
+        raise ValueError(
+            f"error_dtype must be None, float32, bfloat16 or int8, got {jnp.dtype(error_dtype)}."
+        )
+
+
+def _no_error(leaf: Any, layout: Layout, error_dtype: DTypeLike | None) -> Any:
+    if error_dtype is None:
+        return optax.MaskedNode()
+    error = layout.to_matrix(jnp.zeros_like(leaf, dtype=jnp.float32))
+    return quantize(error) if jnp.dtype(error_dtype) == jnp.int8 else error.astype(error_dtype)
+
+
+def _decode(error: Any, dtype: DTypeLike) -> jax.Array:
+    return dequantize(error, dtype) if isinstance(error, Blocks) else error.astype(dtype)
+
+
+def _clip(norm: jax.Array, layout: Layout, clip_rms: Scalar) -> jax.Array:
+    """The factor that brings updates of these norms, (*batch, 1, 1), to an RMS of ``clip_rms``."""
+    m, n = layout.matrix_shape[-2:]
+    # Stacked matrices form one leaf, and one leaf has one factor.
+    rms = jnp.sqrt(jnp.mean(jnp.square(norm)) / (m * n))
+    return jnp.minimum(1, clip_rms / _nonzero(rms))
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True))
+
+
+def _nonzero(x: jax.Array) -> jax.Array:
+    return jnp.where(x > 0, x, 1)
+
+
+def _accumulate(total: Any, term: jax.Array) -> Any:
+    return total if isinstance(total, optax.MaskedNode) else total.astype(term.dtype) + term
+
+
+def moma(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 32,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    *,
+    min_dim_size_to_factor: int = 128,
+    weight_decay: Scalar = 0.0,
+    mask: Any = None,
+    eps: Scalar = 1e-8,
+    residual: Scalar = 1.0,
+    clip_rms: Scalar = 1.0,
+    weight_dimension_numbers: Any = None,
+    saliency: bool = True,
+    error_dtype: DTypeLike | None = None,
+    mu_dtype: DTypeLike | None = None,
+    nu_dtype: DTypeLike | None = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Low-rank momentum with factored second moments, full-rank updates and decoupled decay.
+
+    A few percent of AdamW's state, which after training is also the curvature that
+    :func:`optax_moma.curvature_from` reads for a merge. For a matrix W (m, n) with gradient G at
+    step t, with ``w1 = 1 - b1^t``, ``w2 = 1 - b2^t`` and learning rate eta:
+
+    .. math::
+        R &\leftarrow b_2 R + (1 - b_2) \textstyle\sum_j G_{ij}^2, \quad
+        C \leftarrow b_2 C + (1 - b_2) \textstyle\sum_i G_{ij}^2 \\
+        \hat G &= G \odot (R C^T / (w_2 \textstyle\sum R))^{-1/2} \\
+        U s V^T &\leftarrow Q Q^T (b_1 U s V^T + (1 - b_1) \hat G), \quad
+        Q = orth((b_1 U s V^T + (1 - b_1) \hat G) V) \\
+        \Delta &= U s V^T / w_1 + \rho (I - Q Q^T) \hat G, \quad
+        \rho = \min(1, \lVert s \rVert / (w_1 \lVert Q^T \hat G \rVert)) \\
+        W &\leftarrow W - \eta (\Delta / \max(1, RMS(\Delta)) + \lambda W)
+
+    State of a matrix: ``(rank + 2) (m + n) + rank`` numbers, saliency included; AdamW holds
+    ``2 m n``. All other leaves get Adam's moments. Learning rates are those of AdamW.
+
+    Args:
+      learning_rate: A number or a schedule.
+      rank: Columns of the momentum's factors, an integer >= 1.
+      b1: Decay of the momentum, in [0, 1).
+      b2: Decay of the second moments, in [0, 1).
+      min_dim_size_to_factor: A matrix with fewer rows or columns gets Adam's moments.
+      weight_decay: Decoupled decay, multiplied by the learning rate.
+      mask: Where to decay: a tree of booleans, or a callable from parameters to one.
+      eps: See :func:`scale_by_moma`, as for all arguments that follow.
+      residual: Multiplies the part of the gradient outside the subspace.
+      clip_rms: Largest root mean square of a leaf's update.
+      weight_dimension_numbers: Which axes of a leaf are fan-in and fan-out.
+      saliency: Whether to accumulate the loss decrease along the trajectory.
+      error_dtype: Type of a dense buffer for the momentum outside the subspace, or None.
+      mu_dtype: Type of the momentum.
+      nu_dtype: Type of the second moments and the saliency.
+      seed: Seed of the random start of the subspace.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``.
+
+    Raises:
+      ValueError: An argument out of its range; see :func:`scale_by_moma`.
+      TypeError: rank or min_dim_size_to_factor is not a Python integer. Under
+        ``optax.inject_hyperparams`` name them in ``static_args``, as well as callables and dtypes.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, optax_moma as om
+      >>> params = {"kernel": jnp.ones((128, 256)), "bias": jnp.zeros(256)}
+      >>> loss = lambda p: jnp.mean((jnp.ones(128) @ p["kernel"] + p["bias"]) ** 2)
+      >>> tx = om.moma(optax.cosine_decay_schedule(0.05, 60), rank=4)
+      >>> @jax.jit
+      ... def step(params, state):
+      ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
+      ...     return optax.apply_updates(params, updates), state
+      >>> state = tx.init(params)
+      >>> for _ in range(60):
+      ...     params, state = step(params, state)
+      >>> print(f"{loss(params):.2f}")
+      0.00
+
+    Source: :func:`scale_by_moma` names the origins of the parts.
+    """
+    return optax.chain(
+        scale_by_moma(
+            rank,
+            b1,
+            b2,
+            eps=eps,
+            residual=residual,
+            clip_rms=clip_rms,
+            min_dim_size_to_factor=min_dim_size_to_factor,
+            weight_dimension_numbers=weight_dimension_numbers,
+            saliency=saliency,
+            learning_rate=learning_rate,
+            error_dtype=error_dtype,
+            mu_dtype=mu_dtype,
+            nu_dtype=nu_dtype,
+            seed=seed,
+        ),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )

@@ -1,0 +1,86 @@
+"""Pytrees of parameters: plain arrays whatever wraps them, and one name per leaf."""
+
+import sys
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
+
+
+def unboxed(tree: Any) -> Any:
+    """The tree with plain arrays where Flax keeps NNX Variables or Linen metadata boxes.
+
+    Both are pytree nodes that carry a sharding annotation made for the parameter's shape. A tree
+    built by mapping over them would hand that annotation to factors of another shape, so optimizer
+    states are built on the plain tree. Whoever passes a box has imported Flax: it is looked up, not
+    imported.
+    """
+    boxes = tuple(
+        getattr(sys.modules[module], name)
+        for module, name in (("flax.nnx", "Variable"), ("flax.core.meta", "AxisMetadata"))
+        if hasattr(sys.modules.get(module), name)
+    )
+    if not boxes:
+        return tree
+    is_box = lambda x: isinstance(x, boxes)  # noqa: E731
+    return jax.tree.map(lambda x: _content(x) if is_box(x) else x, tree, is_leaf=is_box)
+
+
+def _content(box: Any) -> Any:
+    leaves = jax.tree.leaves(box)
+    return leaves[0] if leaves else None
+
+
+def key_name(key: Any) -> str:
+    """The name of one step of a key path: 'kernel' for ['kernel'] and .kernel, '0' for [0]."""
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A leaf's path as text: ``encoder/layer_0/kernel``; the empty string for a bare array."""
+    return "/".join(key_name(key) for key in path)
+
+
+def named_leaves(
+    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[list[str], list[Any]]:
+    """The names and the leaves of a tree, in the order of ``jax.tree.leaves``."""
+    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
+    return [path_name(path) for path, _ in flat], [leaf for _, leaf in flat]
+
+
+def name_hash(name: str) -> int:
+    """A hash of a leaf's or an expert's name that every process and Python version agrees on."""
+    return zlib.crc32(name.encode())
+
+
+def at_least_float32(dtype: DTypeLike) -> Any:
+    """The type in which a leaf of this type is computed with, and its state kept."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def to_trees(params: Any, entries: list[Any], fields: tuple[str, ...]) -> dict[str, Any]:
+    """One tree like ``params`` per field, from one entry (a NamedTuple, or None) per leaf.
+
+    A leaf whose entry lacks the field gets an ``optax.MaskedNode``, which holds no array.
+    """
+    treedef = jax.tree.structure(params, is_leaf=lambda x: x is None)
+    return {
+        field: treedef.unflatten([getattr(entry, field, optax.MaskedNode()) for entry in entries])
+        for field in fields
+    }
+
+
+def to_entries(params: Any, state: Any, kinds: list[type]) -> list[Any]:
+    """The inverse of :func:`to_trees`: one entry per leaf, of the NamedTuple type that is named."""
+    treedef = jax.tree.structure(params, is_leaf=lambda x: x is None)
+    fields = sorted({field for kind in kinds for field in kind._fields})
+    columns = {field: treedef.flatten_up_to(getattr(state, field)) for field in fields}
+    return [kind(*(columns[field][i] for field in kind._fields)) for i, kind in enumerate(kinds)]
