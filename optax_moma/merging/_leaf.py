@@ -84,6 +84,15 @@ def combined(leaf: TaskVectors, delta: jax.Array) -> TaskVectors:
     return TaskVectors(delta, jnp.ones_like(delta), leaf.base, None, None)
 
 
+def heard(leaf: TaskVectors) -> tuple[jax.Array, jax.Array]:
+    """Returns the vectors without what masks took from them, and each expert's weight, (k,).
+
+    For steps that look at a leaf as a whole: they know one weight per expert, the greatest.
+    """
+    say = jnp.max(leaf.weight, axis=tuple(range(1, leaf.weight.ndim)))
+    return leaf.delta * (leaf.weight != 0), say
+
+
 def per_expert(numbers: jax.Array, delta: jax.Array) -> jax.Array:
     """Returns k numbers in a shape that multiplies k task vectors."""
     return jnp.expand_dims(numbers, tuple(range(1, delta.ndim)))

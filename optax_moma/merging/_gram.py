@@ -1,0 +1,139 @@
+"""Merges of matrices that solve a least-squares problem: WUDI.
+
+Kernels are (fan-in, fan-out), as in Flax: the papers' matrices are their transposes.
+"""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_moma.merging import _metric, _steps
+from optax_moma.merging._contract import Contract, check_number
+from optax_moma.merging._leaf import TaskVectors, combined, sum_experts
+from optax_moma.merging._steps import Chain, Number, chain
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Wudi:
+    """See ``wudi`` and ``wudi_adam``: closed form if ``steps`` is None."""
+
+    ridge: Number
+    learning_rate: Number
+    steps: int | None = field(metadata={"static": True})
+
+    @property
+    def contract(self) -> Contract:
+        """A base."""
+        return Contract(base=True, nonnegative_weights=True, combines=True)
+
+    def __call__(self, leaf: TaskVectors) -> TaskVectors:
+        """Combines the task vectors."""
+        if leaf.delta.ndim != 3:
+            return combined(leaf, _steps.weighted_mean(leaf))
+        x = leaf.weight * leaf.delta
+        # The problem is homogeneous: solved for entries of order one, nothing under- or overflows.
+        size = _metric.nonzero(jnp.max(jnp.abs(x)))
+        x = x / size
+        norms = _metric.nonzero(jnp.sum(x**2, axis=(1, 2), keepdims=True))
+        gram = jnp.einsum("kio,kjo->kij", x, x, precision="highest") / norms
+        a = sum_experts(gram)
+        b = sum_experts(jnp.einsum("kij,kjo->kio", gram, x, precision="highest"))
+        start = sum_experts(x)
+        if self.steps is None:
+            merged = _ridge_solution(a, b, start, self.ridge)
+        else:
+            merged = _descent(a, b, start, self.learning_rate / size, self.steps)
+        return combined(leaf, size * merged)
+
+
+def _ridge_solution(a: jax.Array, b: jax.Array, start: jax.Array, ridge: Number) -> jax.Array:
+    """Returns the X that minimises <X, a X> - 2 <X, b> + c |X - start|**2, c relative to a."""
+    c = ridge * _metric.nonzero(jnp.trace(a)) / a.shape[0]
+    lower = jax.scipy.linalg.cho_factor(a + c * jnp.eye(a.shape[0], dtype=a.dtype), lower=True)
+    return jax.scipy.linalg.cho_solve(lower, b + c * start)
+
+
+def _descent(
+    a: jax.Array, b: jax.Array, start: jax.Array, learning_rate: jax.Array, steps: int
+) -> jax.Array:
+    """Returns the X that Adam reaches from start on <X, a X> - 2 <X, b>."""
+    optimizer = optax.adam(learning_rate)
+
+    def step(_: jax.Array, state: tuple[jax.Array, optax.OptState]) -> tuple:
+        x, opt_state = state
+        gradient = 2 * (jnp.matmul(a, x, precision="highest") - b)
+        updates, opt_state = optimizer.update(gradient, opt_state)
+        return optax.apply_updates(x, updates), opt_state
+
+    return jax.lax.fori_loop(0, steps, step, (start, optimizer.init(start)))[0]
+
+
+def wudi(ridge: Number = 1e-2, scale: Number = 1.0) -> Chain:
+    """Finds the matrix that disturbs each expert least on what its own task vector reads.
+
+    With X_t = w_t d_t, (fan-in, fan-out), and c = ridge * trace(A) / fan-in:
+    X minimises sum_t |X_t^T (X - X_t)|**2 / |X_t|**2 + c |X - sum_t X_t|**2, which is
+    (A + c I)^-1 (B + c sum_t X_t), A = sum_t X_t X_t^T / |X_t|**2,
+    B = sum_t X_t X_t^T X_t / |X_t|**2; merged = base + scale * X.
+
+    Needs a base; takes any number of experts, with weights that are not negative. Leaves that are
+    no matrices are averaged. One Cholesky factorisation of fan-in x fan-in per matrix. The authors
+    stop an iteration early instead: that is ``wudi_adam``.
+
+    Args:
+      ridge: How much the solution is drawn to the sum of the task vectors, where the authors'
+        iteration starts; at least 0, relative to the mean eigenvalue of A. In float32 keep it
+        above 1e-6.
+      scale: The factor of the merged task vector.
+
+    Returns:
+      A method for ``merge``.
+
+    Raises:
+      ValueError: if a number is out of range.
+
+    Example:
+      >>> from optax_moma.merging import merge, wudi
+      >>> one, two = jnp.diag(jnp.array([3., 0.])), jnp.diag(jnp.array([0., 2.]))
+      >>> merge(wudi(), [{"w": one}, {"w": two}], base={"w": jnp.zeros((2, 2))})["w"].round(4)
+      Array([[3., 0.],
+             [0., 2.]], dtype=float32)
+
+    Source: Cheng et al. 2025, "Whoever Started the Interference Should End It" (arXiv 2503.08099).
+    """
+    check_number("ridge", ridge, 0)
+    return chain(Wudi(ridge, 0.0, None), _steps.scale(scale))
+
+
+def wudi_adam(learning_rate: Number = 1e-5, steps: int = 300, scale: Number = 1.0) -> Chain:
+    """Solves ``wudi`` without its ridge by steps of Adam from the sum, as the authors do.
+
+    Adam's steps have the size of the learning rate whatever the gradients', so the result depends
+    on the scale of the task vectors.
+
+    Args:
+      learning_rate: Adam's learning rate, in units of the parameters.
+      steps: Number of steps, at least 1; fixes the loop, so not traced.
+      scale: The factor of the merged task vector.
+
+    Returns:
+      A method for ``merge``.
+
+    Raises:
+      ValueError: if a number is out of range.
+
+    Example:
+      >>> from optax_moma.merging import merge, wudi_adam
+      >>> one, two = jnp.diag(jnp.array([3., 0.])), jnp.diag(jnp.array([0., 2.]))
+      >>> merge(wudi_adam(), [{"w": one}, {"w": two}], base={"w": jnp.zeros((2, 2))})["w"].round(4)
+      Array([[3., 0.],
+             [0., 2.]], dtype=float32)
+
+    Source: Cheng et al. 2025, "Whoever Started the Interference Should End It" (arXiv 2503.08099).
+    """
+    check_number("learning_rate", learning_rate, 0)
+    check_number("steps", steps, 1)
+    return chain(Wudi(0.0, learning_rate, int(steps)), _steps.scale(scale))

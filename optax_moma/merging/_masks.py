@@ -1,0 +1,407 @@
+"""More masks and weights, and the methods made of them: Breadcrumbs, DELLA, SCE, consensus.
+
+In the formulas t runs over the k experts, d_t = expert_t - base, and w_t are the user's weights.
+"""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+
+from optax_moma.merging import _metric, _select, _steps
+from optax_moma.merging._contract import Contract, check_number
+from optax_moma.merging._leaf import TaskVectors, per_expert, sum_experts
+from optax_moma.merging._steps import Chain, Number, chain
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Band:
+    """See ``band``."""
+
+    density: Number
+    top: Number
+
+    @property
+    def contract(self) -> Contract:
+        """A base."""
+        return Contract(base=True)
+
+    def __call__(self, leaf: TaskVectors) -> TaskVectors:
+        """Multiplies the weights by the mask."""
+        bits = _select.ordered_bits(jnp.abs(leaf.delta))
+        n = bits.size // bits.shape[0]
+        outliers = jnp.floor(jnp.asarray(self.top, jnp.float32) * n).astype(jnp.uint32)
+        rank = jnp.minimum(outliers + _select.kept_count(self.density, n), n)
+        low, high = _select.kth_largest(bits, rank), _select.kth_largest(bits, outliers)
+        # The "0-th largest" is above all scores, so that no outliers are dropped at top = 0.
+        mask = _select.keep(bits, low, self.density) & (bits < per_expert(high, bits))
+        return leaf._replace(weight=leaf.weight * mask)
+
+
+def band(density: Number, top: Number = 0.01) -> Band:
+    """Keeps, in each expert, the largest entries below the outliers.
+
+    weight_t *= [|d_t| is among the (top + density) * n largest, but not among the top * n largest].
+
+    The counts are max(1, floor(density * n)) kept entries below floor(top * n) outliers, per leaf.
+
+    Args:
+      density: Share of entries kept, from 0 to 1.
+      top: Share of the largest entries dropped, from 0 to 1 - density.
+
+    Returns:
+      A step. Needs a base.
+
+    Raises:
+      ValueError: if a number is out of range, or both add up to more than 1.
+
+    Example:
+      >>> from optax_moma.merging import band, chain, merge, total
+      >>> expert = {"w": jnp.array([9., 1., 2., 3.])}
+      >>> merge(chain(band(0.5, top=0.25), total()), [expert], base={"w": jnp.zeros(4)})
+      {'w': Array([0., 0., 2., 3.], dtype=float32)}
+
+    Source: Davari and Belilovsky 2024, "Model Breadcrumbs" (arXiv 2312.06795).
+    """
+    check_number("density", density, 0, 1)
+    check_number("top", top, 0, 1)
+    if not isinstance(density, jax.Array) and not isinstance(top, jax.Array) and density + top > 1:
+        raise ValueError(
+            f"density + top must be at most 1, got {density} + {top}; lower one of them."
+        )
+    return Band(density, top)
+
+
+def breadcrumbs(density: Number = 0.9, top: Number = 0.01, scale: Number = 0.3) -> Chain:
+    """Drops outliers and small entries, and adds the task vectors up.
+
+    merged = base + scale * sum_t w_t m_t d_t, m_t as in ``band``.
+
+    Needs a base; takes any number of experts. Counts are per leaf. With ``elect`` and ``mean`` in
+    place of ``total`` it is what mergekit calls breadcrumbs_ties.
+
+    Args:
+      density: Share of entries kept in each expert, from 0 to 1.
+      top: Share of the largest entries dropped.
+      scale: The factor of the sum.
+
+    Returns:
+      A method for ``merge``: ``chain(band(density, top), total(), scale(scale))``.
+
+    Raises:
+      ValueError: if a number is out of range.
+
+    Example:
+      >>> from optax_moma.merging import breadcrumbs, merge
+      >>> experts, base = [{"w": jnp.array([9., 1., 2., 3.])}], {"w": jnp.zeros(4)}
+      >>> merge(breadcrumbs(density=0.5, top=0.25, scale=2.0), experts, base=base)
+      {'w': Array([0., 0., 4., 6.], dtype=float32)}
+
+    Source: Davari and Belilovsky 2024, "Model Breadcrumbs" (arXiv 2312.06795).
+    """
+    return chain(band(density, top), _steps.total(), _steps.scale(scale))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class MatchNorm:
+    """See ``match_norm``."""
+
+    @property
+    def contract(self) -> Contract:
+        """A base."""
+        return Contract(base=True)
+
+    def __call__(self, leaf: TaskVectors) -> TaskVectors:
+        """Scales the task vectors."""
+        axes = tuple(range(1, leaf.delta.ndim))
+        whole = jnp.sum(jnp.abs(leaf.delta), axis=axes)
+        kept = jnp.sum(jnp.abs(leaf.delta) * (leaf.weight != 0), axis=axes)
+        factor = jnp.where(kept == 0, 1.0, whole / _metric.nonzero(kept))
+        return leaf._replace(delta=leaf.delta * per_expert(factor, leaf.delta))
+
+
+def match_norm() -> MatchNorm:
+    """Gives each masked task vector the L1 norm it had before, leaf by leaf.
+
+    d_t *= sum|d_t| / sum|[weight_t != 0] d_t|.
+
+    After ``drop(density, rescale=False)`` this is DARE as in mergekit.
+
+    Returns:
+      A step. Needs a base.
+
+    Example:
+      >>> from optax_moma.merging import chain, match_norm, merge, total, trim
+      >>> expert = {"w": jnp.array([3., 1.])}
+      >>> merge(chain(trim(0.5), match_norm(), total()), [expert], base={"w": jnp.zeros(2)})
+      {'w': Array([4., 0.], dtype=float32)}
+    """
+    return MatchNorm()
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DropByMagnitude:
+    """See ``drop_by_magnitude``."""
+
+    density: Number
+    spread: Number
+
+    @property
+    def contract(self) -> Contract:
+        """A base and a key."""
+        return Contract(base=True, key=True)
+
+    def __call__(self, leaf: TaskVectors) -> TaskVectors:
+        """Multiplies the weights by random masks."""
+        assert leaf.keys is not None
+        shape = leaf.delta.shape[1:]
+        # Fan-in is the first axis of a matrix; a vector is ranked as a whole.
+        axis = -2 if len(shape) > 1 else -1
+        size = shape[axis] if shape else 1
+        rank = jnp.zeros_like(leaf.delta)
+        if size > 1:
+            order = jnp.argsort(jnp.abs(jax.lax.stop_gradient(leaf.delta)), axis=axis)
+            rank = jnp.argsort(order, axis=axis).astype(leaf.delta.dtype) / (size - 1)
+        probability = self.density + self.spread * (2 * rank - 1 if size > 1 else rank)
+        draws = jax.lax.map(lambda key: jax.random.uniform(key, shape, jnp.float32), leaf.keys)
+        return leaf._replace(
+            delta=leaf.delta / _metric.nonzero(probability),
+            weight=leaf.weight * (draws < probability),
+        )
+
+
+def drop_by_magnitude(density: Number, spread: Number = 0.15) -> DropByMagnitude:
+    """Drops entries of each expert at random, small ones more often, and scales up the rest.
+
+    p_t = density + spread * (2 r_t - 1), r_t in [0, 1] the rank of |d_t| along the fan-in axis
+    (of a vector: among all entries); weight_t *= m_t, m_t ~ Bernoulli(p_t); d_t /= p_t.
+
+    Args:
+      density: Share of entries kept on average, from 0 to 1.
+      spread: How much more than the average the largest entries are kept, and the smallest less.
+
+    Returns:
+      A step. Needs a base and a key.
+
+    Raises:
+      ValueError: if a probability would not be between 0 and 1.
+
+    Example:
+      >>> from optax_moma.merging import chain, drop_by_magnitude, merge, total
+      >>> expert, base = {"w": jnp.array([1., 2.])}, {"w": jnp.zeros(2)}
+      >>> method = chain(drop_by_magnitude(0.5, spread=0.5), total())
+      >>> merge(method, [expert], base=base, key=jax.random.key(0))
+      {'w': Array([0., 2.], dtype=float32)}
+
+    Source: Deep et al. 2024, "DELLA-Merging" (arXiv 2406.11617).
+    """
+    check_number("density", density, 0, 1)
+    if not isinstance(density, jax.Array):
+        check_number("spread", spread, 0, min(float(density), 1 - float(density)))
+    return DropByMagnitude(density, spread)
+
+
+def della(density: Number = 0.5, spread: Number = 0.15, scale: Number = 1.0) -> Chain:
+    """Drops entries at random, small ones more often, elects signs, and averages.
+
+    With m_t and p_t as in ``drop_by_magnitude``, e_t = m_t d_t / p_t, sign = sign(sum_t w_t e_t),
+    a_t = m_t [sign(d_t) == sign]: merged = base + scale * sum_t w_t a_t e_t / sum_t w_t a_t.
+
+    Needs a base and a key; takes any number of experts, with weights that are not negative.
+    Entries are rescaled by one over their probability, as published; mergekit matches the L1 norm.
+
+    Args:
+      density: Share of entries kept on average, from 0 to 1.
+      spread: How much more than the average the largest entries are kept, and the smallest less.
+      scale: The factor of the merged task vector.
+
+    Returns:
+      A method for ``merge``:
+      ``chain(drop_by_magnitude(density, spread), elect(), mean(), scale(scale))``.
+
+    Raises:
+      ValueError: if a number is out of range.
+
+    Example:
+      >>> from optax_moma.merging import della, merge
+      >>> experts, base = [{"w": jnp.array([1., 2.])}], {"w": jnp.zeros(2)}
+      >>> merge(della(0.5, spread=0.5), experts, base=base, key=jax.random.key(0))
+      {'w': Array([0., 2.], dtype=float32)}
+
+    Source: Deep et al. 2024, "DELLA-Merging" (arXiv 2406.11617).
+    """
+    return chain(
+        drop_by_magnitude(density, spread), _steps.elect(), _steps.mean(), _steps.scale(scale)
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Select:
+    """See ``select``."""
+
+    density: Number
+
+    @property
+    def contract(self) -> Contract:
+        """A base."""
+        return Contract(base=True)
+
+    def __call__(self, leaf: TaskVectors) -> TaskVectors:
+        """Multiplies task vectors and weights by the common mask."""
+        k = leaf.delta.shape[0]
+        spread = leaf.delta - sum_experts(leaf.delta) / k
+        # The root of the variance orders as the variance does, and squares no small numbers.
+        largest = _metric.nonzero(jnp.max(jnp.abs(spread)))
+        bits = _select.ordered_bits(jnp.sqrt(sum_experts((spread / largest) ** 2))[None])
+        threshold = _select.kth_largest(bits, _select.kept_count(self.density, bits.size))
+        mask = _select.keep(bits, threshold, self.density)
+        return leaf._replace(delta=leaf.delta * mask, weight=leaf.weight * mask)
+
+
+def select(density: Number) -> Select:
+    """Keeps, in all experts, the entries in which they differ most.
+
+    d_t, weight_t *= [Var_t[d_t] >= the k-th largest], k = max(1, floor(density * n)), per leaf.
+
+    Args:
+      density: Share of entries kept, from 0 to 1.
+
+    Returns:
+      A step. Needs a base.
+
+    Raises:
+      ValueError: if the density is out of range.
+
+    Example:
+      >>> from optax_moma.merging import chain, mean, merge, select
+      >>> experts = [{"w": jnp.array([3., 1.])}, {"w": jnp.array([1., 1.])}]
+      >>> merge(chain(select(0.5), mean()), experts, base={"w": jnp.zeros(2)})
+      {'w': Array([2., 0.], dtype=float32)}
+
+    Source: Wan et al. 2024, "FuseChat" (arXiv 2408.07990), step S of SCE.
+    """
+    check_number("density", density, 0, 1)
+    return Select(density)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Energy:
+    """See ``energy``."""
+
+    @property
+    def contract(self) -> Contract:
+        """A base."""
+        return Contract(base=True)
+
+    def __call__(self, leaf: TaskVectors) -> TaskVectors:
+        """Multiplies the weights by a number per expert."""
+        scaled = leaf.delta / _metric.nonzero(jnp.max(jnp.abs(leaf.delta)))
+        squares = jnp.mean(scaled**2, axis=tuple(range(1, scaled.ndim)))
+        return leaf._replace(weight=leaf.weight * per_expert(squares, leaf.delta))
+
+
+def energy() -> Energy:
+    """Weighs the experts by the mean square of their task vectors, leaf by leaf.
+
+    weight_t *= mean(d_t**2) / c, with one c for all experts.
+
+    Returns:
+      A step. Needs a base.
+
+    Example:
+      >>> from optax_moma.merging import chain, energy, mean, merge
+      >>> experts = [{"w": jnp.array([3.])}, {"w": jnp.array([1.])}]
+      >>> merge(chain(energy(), mean()), experts, base={"w": jnp.zeros(1)})
+      {'w': Array([2.8], dtype=float32)}
+
+    Source: Wan et al. 2024, "FuseChat" (arXiv 2408.07990), step C of SCE.
+    """
+    return Energy()
+
+
+def sce(density: Number = 0.1) -> Chain:
+    """Selects where experts differ, weighs them by their energy, and erases minority signs.
+
+    m = [Var_t[d_t] >= its k-th largest, k = density * n], e_t = m d_t, c_t = mean(e_t**2),
+    sign = sign(sum_t w_t e_t), a_t = m [sign(e_t) == sign];
+    merged = base + sum_t w_t c_t a_t e_t / sum_t w_t c_t a_t.
+
+    Needs a base; takes at least two experts, with weights that are not negative.
+
+    Args:
+      density: Share of entries kept, from 0 to 1.
+
+    Returns:
+      A method for ``merge``: ``chain(select(density), elect(), energy(), mean())``.
+
+    Raises:
+      ValueError: if the density is out of range.
+
+    Example:
+      >>> from optax_moma.merging import merge, sce
+      >>> experts = [{"w": jnp.array([3., 1.])}, {"w": jnp.array([1., 1.])}]
+      >>> merge(sce(0.5), experts, base={"w": jnp.zeros(2)})
+      {'w': Array([2.8, 0. ], dtype=float32)}
+
+    Source: Wan et al. 2024, "FuseChat" (arXiv 2408.07990).
+    """
+    return chain(select(density), _steps.elect(), energy(), _steps.mean())
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Consensus:
+    """See ``consensus``."""
+
+    threshold: Number
+    experts: int = field(metadata={"static": True})
+
+    @property
+    def contract(self) -> Contract:
+        """A base, and as many experts as must agree."""
+        return Contract(base=True, min_experts=self.experts)
+
+    def __call__(self, leaf: TaskVectors) -> TaskVectors:
+        """Multiplies the weights by the common mask."""
+        say = leaf.weight * leaf.delta
+        others = jnp.abs(sum_experts(say) - say)
+        agree = sum_experts((jnp.abs(say) > self.threshold * others).astype(jnp.int32))
+        return leaf._replace(weight=leaf.weight * (agree >= self.experts))
+
+
+def consensus(threshold: Number = 0.4, experts: int = 2) -> Consensus:
+    """Keeps the entries that matter to several experts.
+
+    m_t = [|w_t d_t| > threshold * |sum_s w_s d_s - w_t d_t|] (the TALL mask of expert t);
+    weight_t *= [sum_s m_s >= experts].
+
+    Consensus task arithmetic is ``chain(consensus(), total(), scale(0.3))``.
+
+    Args:
+      threshold: How large an expert's entry must be relative to all others' sum, at least 0;
+        0.2 to 0.6 in the paper.
+      experts: How many experts must need an entry.
+
+    Returns:
+      A step. Needs a base and at least ``experts`` experts.
+
+    Raises:
+      ValueError: if a number is out of range.
+
+    Example:
+      >>> from optax_moma.merging import chain, consensus, merge, total
+      >>> experts = [{"w": jnp.array([3., 1.])}, {"w": jnp.array([0.1, 1.])}]
+      >>> merge(chain(consensus(), total()), experts, base={"w": jnp.zeros(2)})
+      {'w': Array([0., 2.], dtype=float32)}
+
+    Source: Wang et al. 2024, "Localizing Task Information for Improved Model Merging and
+    Compression" (arXiv 2405.07813).
+    """
+    check_number("threshold", threshold, 0)
+    check_number("experts", experts, 1)
+    return Consensus(threshold, int(experts))

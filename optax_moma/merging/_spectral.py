@@ -1,0 +1,275 @@
+"""Merges of matrices by their singular vectors: TSV-M, Iso-C, Iso-CTS, KnOTS.
+
+The task vectors of a matrix are taken with their weights, so that masks and curvature can come
+before. Leaves that are no matrices are averaged. Kernels are (fan-in, fan-out), as in Flax: the
+papers' matrices are their transposes.
+"""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+
+from optax_moma.merging import _steps
+from optax_moma.merging._contract import Contract, Step, check_number
+from optax_moma.merging._leaf import TaskVectors, combined, heard, per_expert, sum_experts
+from optax_moma.merging._steps import Chain, Number, chain
+
+_CONTRACT = Contract(base=True, nonnegative_weights=True, combines=True)
+
+
+def _polar(x: jax.Array) -> jax.Array:
+    """Returns the matrix with orthonormal columns (or rows) nearest to x."""
+    u, _, vt = _svd(x)
+    return jnp.matmul(u, vt, precision="highest")
+
+
+def _svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return tuple(jnp.linalg.svd(x, full_matrices=False))
+
+
+def _leading(x: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    u, s, vt = _svd(x)
+    return u[:, :rank], s[:rank], vt[:rank]
+
+
+def _product(u: jax.Array, s: jax.Array, vt: jax.Array) -> jax.Array:
+    return jnp.matmul(u * s, vt, precision="highest")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Tsv:
+    """See ``tsv_m``."""
+
+    @property
+    def contract(self) -> Contract:
+        """A base."""
+        return _CONTRACT
+
+    def __call__(self, leaf: TaskVectors) -> TaskVectors:
+        """Combines the task vectors."""
+        if leaf.delta.ndim != 3:
+            return combined(leaf, _steps.weighted_mean(leaf))
+        k, *shape = leaf.delta.shape
+        rank = max(1, min(shape) // k)
+        parts = [_leading(x, rank) for x in leaf.weight * leaf.delta]
+        us, ss, vts = zip(*parts, strict=True)
+        u, vt = _polar(jnp.concatenate(us, axis=1)), _polar(jnp.concatenate(vts))
+        return combined(leaf, _product(u, jnp.concatenate(ss), vt))
+
+
+def tsv_m(scale: Number = 1.0) -> Chain:
+    """Adds up the leading singular parts of the experts, made orthogonal to each other.
+
+    w_t d_t = U_t S_t V_t^T; U, S, V hold the leading r / k columns of each; merged = base + scale *
+    polar(U) S polar(V)^T, polar(X) = P Q^T where X = P D Q^T.
+
+    Needs a base; takes any number of experts, with weights that are not negative. Leaves that are
+    no matrices are averaged.
+
+    Args:
+      scale: The factor of the merged task vector.
+
+    Returns:
+      A method for ``merge``.
+
+    Raises:
+      ValueError: if the scale is not finite.
+
+    Example:
+      >>> from optax_moma.merging import merge, tsv_m
+      >>> one, two = jnp.diag(jnp.array([3., 0.])), jnp.diag(jnp.array([0., 2.]))
+      >>> jnp.abs(merge(tsv_m(), [{"w": one}, {"w": two}], base={"w": jnp.zeros((2, 2))})["w"])
+      Array([[3., 0.],
+             [0., 2.]], dtype=float32)
+
+    Source: Gargiulo et al. 2025, "Task Singular Vectors" (arXiv 2412.00081).
+    """
+    return chain(Tsv(), _steps.scale(scale))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class IsoC:
+    """See ``iso_c``."""
+
+    @property
+    def contract(self) -> Contract:
+        """A base."""
+        return _CONTRACT
+
+    def __call__(self, leaf: TaskVectors) -> TaskVectors:
+        """Combines the task vectors."""
+        if leaf.delta.ndim != 3:
+            return combined(leaf, _steps.weighted_mean(leaf))
+        u, s, vt = _svd(sum_experts(leaf.weight * leaf.delta))
+        return combined(leaf, _product(u, jnp.full_like(s, jnp.mean(s)), vt))
+
+
+def iso_c(scale: Number = 1.0) -> Chain:
+    """Adds the experts up and gives all directions of the sum the same strength.
+
+    sum_t w_t d_t = U S V^T; merged = base + scale * mean(S) U V^T.
+
+    Needs a base; takes any number of experts, with weights that are not negative. Leaves that are
+    no matrices are averaged.
+
+    Args:
+      scale: The factor of the merged task vector.
+
+    Returns:
+      A method for ``merge``.
+
+    Raises:
+      ValueError: if the scale is not finite.
+
+    Example:
+      >>> from optax_moma.merging import iso_c, merge
+      >>> expert, base = {"w": jnp.diag(jnp.array([3., 1.]))}, {"w": jnp.zeros((2, 2))}
+      >>> jnp.abs(merge(iso_c(), [expert], base=base)["w"])
+      Array([[2., 0.],
+             [0., 2.]], dtype=float32)
+
+    Source: Marczak et al. 2025, "No Task Left Behind" (arXiv 2502.04959), Iso-C.
+    """
+    return chain(IsoC(), _steps.scale(scale))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class IsoCts:
+    """See ``iso_cts``."""
+
+    common: float = field(metadata={"static": True})
+
+    @property
+    def contract(self) -> Contract:
+        """A base."""
+        return _CONTRACT
+
+    def __call__(self, leaf: TaskVectors) -> TaskVectors:
+        """Combines the task vectors."""
+        if leaf.delta.ndim != 3:
+            return combined(leaf, _steps.weighted_mean(leaf))
+        k, *shape = leaf.delta.shape
+        own = round(min(shape) * (1 - self.common)) // k
+        shared = min(shape) - k * own
+        # The paper's U, of the output side, is on the right of a kernel.
+        x = jnp.swapaxes(leaf.weight * leaf.delta, 1, 2)
+        parts = [_leading(sum_experts(x), shared)]
+        u = parts[0][0]
+        rest = x - jnp.einsum("ir,jr,kjo->kio", u, u, x, precision="highest")
+        parts += [_leading(rest_t, own) for rest_t in rest]
+        us, ss, vts = zip(*parts, strict=True)
+        s = jnp.concatenate(ss)
+        flat = jnp.full_like(s, jnp.mean(s))
+        u, vt = _polar(jnp.concatenate(us, axis=1)), _polar(jnp.concatenate(vts))
+        return combined(leaf, _product(u, flat, vt).T)
+
+
+def iso_cts(scale: Number = 1.0, common: float = 0.8) -> Chain:
+    """As ``iso_c``, with room for each expert's own directions.
+
+    A share ``common`` of the r directions are the leading ones of sum_t w_t d_t, with U of the
+    output side; each expert adds the leading s = (1 - common) r / k of what is left of w_t d_t
+    outside of U. All are made orthogonal, and given the mean of their singular values.
+
+    Needs a base; takes any number of experts, with weights that are not negative. Leaves that are
+    no matrices are averaged.
+
+    Args:
+      scale: The factor of the merged task vector.
+      common: Share of directions taken from the sum, from 0 to 1; fixes shapes, so not traced.
+
+    Returns:
+      A method for ``merge``.
+
+    Raises:
+      ValueError: if a number is out of range.
+
+    Example:
+      >>> from optax_moma.merging import iso_cts, merge
+      >>> expert, base = {"w": jnp.diag(jnp.array([3., 1.]))}, {"w": jnp.zeros((2, 2))}
+      >>> jnp.abs(merge(iso_cts(common=0.5), [expert], base=base)["w"])
+      Array([[2., 0.],
+             [0., 2.]], dtype=float32)
+
+    Source: Marczak et al. 2025, "No Task Left Behind" (arXiv 2502.04959), Iso-CTS.
+    """
+    check_number("common", common, 0, 1)
+    return chain(IsoCts(float(common)), _steps.scale(scale))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Knots:
+    """See ``knots``."""
+
+    inner: Chain
+    rank: int | None = field(metadata={"static": True})
+
+    @property
+    def contract(self) -> Contract:
+        """What the inner steps ask for."""
+        return self.inner.contract.union(_CONTRACT)
+
+    def __call__(self, leaf: TaskVectors) -> TaskVectors:
+        """Combines the task vectors."""
+        if leaf.delta.ndim != 3:
+            return combined(leaf, _steps.weighted_mean(leaf))
+        k, m, n = leaf.delta.shape
+        x, say = heard(leaf)
+        u, s, vt = _svd(x.reshape(k * m, n))
+        rank = min(s.size, s.size if self.rank is None else self.rank)
+        # Singular values that are rounding only would otherwise count as entries in a trim.
+        noise = s <= s[0] * jnp.finfo(s.dtype).eps * max(k * m, n)
+        own = (u * jnp.where(noise, 0, s))[:, :rank].reshape(k, m, rank)
+        weight = per_expert(say, own) * jnp.ones_like(own)
+        merged = self.inner(TaskVectors(own, weight, jnp.zeros_like(own[0]), None, leaf.keys))
+        coefficients = (merged.weight * merged.delta)[0]
+        return combined(leaf, jnp.matmul(coefficients, vt[:rank], precision="highest"))
+
+
+def knots(*steps: Step, rank: int | None = None) -> Knots:
+    """Merges matrices by steps of your choice, in a basis that all the experts share.
+
+    The stacked [d_1; ...; d_k] = [A_1; ...; A_k] V^T, by a singular value decomposition, with its
+    singular values in A_t; merged = base + steps(A_1, ..., A_k) V^T.
+
+    Needs a base; takes any number of experts, with weights that are not negative. Made for experts
+    of low rank (LoRA). Leaves that are no matrices are averaged.
+
+    Args:
+      *steps: Steps such as ``trim(0.2), elect(), mean()``; one must combine the experts.
+      rank: How many shared directions to keep, by default all; for LoRA experts, k times their
+        rank, so that a density counts no empty directions.
+
+    Returns:
+      A step that combines the experts.
+
+    Raises:
+      ValueError: if the steps do not combine, need a curvature (which has no meaning in another
+        basis), or a pass over all leaves.
+
+    Example:
+      >>> from optax_moma.merging import chain, elect, knots, mean, merge, trim
+      >>> method = chain(knots(trim(0.5), elect(), mean()))
+      >>> experts = [{"w": jnp.eye(2)}, {"w": 3 * jnp.eye(2)}]
+      >>> merge(method, experts, base={"w": jnp.zeros((2, 2))})["w"].round(4)
+      Array([[2., 0.],
+             [0., 2.]], dtype=float32)
+
+    Source: Stoica et al. 2024, "Model merging with SVD to tie the KnOTS" (arXiv 2410.19735).
+    """
+    inner = chain(*steps)
+    if not inner.contract.combines:
+        raise ValueError("knots() needs a step that combines the experts; add mean() or total().")
+    if inner.contract.curvature or inner.contract.passes:
+        raise ValueError(
+            "knots() works in a basis of its own, leaf by leaf: its steps cannot use a curvature "
+            "or a global threshold."
+        )
+    if rank is not None:
+        check_number("rank", rank, 1)
+    return Knots(inner, None if rank is None else int(rank))
