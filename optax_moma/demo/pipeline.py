@@ -124,9 +124,8 @@ def train_experts(
     experts = {}
     console.print("[bold]Fine-tuning one expert per task[/bold] (the first step compiles)")
     with _bars(console) as progress:
-        bars = [progress.add_task(t.title, False, total, note="") for t in problem.tasks]
-        for i, (task, bar) in enumerate(zip(problem.tasks, bars, strict=True)):
-            progress.start_task(bar)
+        for i, task in enumerate(problem.tasks):
+            bar = progress.add_task(task.title, total=total, note="")
             expert = training.find_expert(folder / task.name, problem, settings, step)
             if expert is None:
                 expert = training.new_expert(problem, settings, i, step)
@@ -181,21 +180,18 @@ def compare(
     saved = base
     console.print("[bold]Merging, tuning the scale on dev, scoring on test[/bold]")
     with _bars(console) as progress:
-        bars = {
-            name: progress.add_task(
-                name, False, 1 if name == "average" else 1 + len(SCALES), note=""
-            )
-            for name in ("base, experts", *methods())
-        }
-        progress.update(bars["base, experts"], total=2)
-        progress.start_task(bars["base, experts"])
+        bar = progress.add_task("base, experts", total=3, note="")
         rows = [Row(BASE, None, scores(base, "test"))]
-        progress.advance(bars["base, experts"])
+        progress.advance(bar)
         rows.append(Row(EXPERTS, None, expert_scores("test")))
+        progress.advance(bar)
         on_dev = expert_scores("dev")
-        progress.advance(bars["base, experts"])
+        progress.advance(bar)
+        progress.stop_task(bar)
         for name, method in methods().items():
-            progress.start_task(bars[name])
+            bar = progress.add_task(
+                name, total=1 if name == "average" else 1 + len(SCALES), note=""
+            )
             merged = optax_moma.merge(method, encoders, base=base, curvature=curvature)
             scale = None
             if name != "average":
@@ -203,13 +199,13 @@ def compare(
                 for candidate in SCALES:
                     found = scores(along(base, merged, candidate), "dev")
                     tuning[name].append(mean(shares(found, on_dev)))
-                    progress.advance(bars[name])
+                    progress.advance(bar)
                 scale = SCALES[int(np.argmax(tuning[name]))]
                 merged = along(base, merged, scale)
             rows.append(Row(name, scale, scores(merged, "test")))
             kept = mean(shares(rows[-1].scores, rows[1].scores))
-            progress.update(bars[name], advance=1, note=f"keeps {100 * kept:.1f} %")
-            progress.stop_task(bars[name])
+            progress.update(bar, advance=1, note=f"keeps {100 * kept:.1f} %")
+            progress.stop_task(bar)
             if name == SAVED:
                 saved = merged
     return Comparison(problem.tasks, rows, SCALES, tuning), saved

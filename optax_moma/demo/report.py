@@ -66,7 +66,11 @@ def table(comparison: Comparison) -> Table:
     merges = [row.model for row in comparison.rows if row.model not in (BASE, EXPERTS)]
     best = {task.name: max(kept[model][task.name] for model in merges) for task in comparison.tasks}
     best_mean = max(mean(kept[model]) for model in merges)
-    out = Table(title="Test score × 100, and % of the expert's kept", box=box.SIMPLE_HEAD)
+    out = Table(
+        title="Test score × 100, and % of the expert's kept",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+    )
     out.add_column("Model", vertical="bottom")
     out.add_column("Scale", justify="right", vertical="bottom")
     for task in comparison.tasks:
@@ -105,9 +109,9 @@ def notes(comparison: Comparison) -> str:
     ]
     texts = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
     return (
-        f"One encoder for all tasks, each with its own expert's head; {texts} test texts a task:\n"
-        f"standard errors {min(errors):.1f} to {max(errors):.1f} points. Scales are tuned on other "
-        "texts, on one grid; the\naverage has none. Best merge of a column in bold."
+        f"Each task with its own expert's head, {texts} test texts a task, standard errors "
+        f"{min(errors):.1f} to {max(errors):.1f} points. Scales were tuned on other texts, all on "
+        "one grid; the average has none. In bold, the best merge for each task."
     )
 
 

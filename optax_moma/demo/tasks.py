@@ -222,7 +222,7 @@ def score(task: Task, outputs: np.ndarray, targets: np.ndarray) -> float:
 
 
 def standard_error(task: Task, value: float, count: int) -> float:
-    """Of a `score` on n examples: sqrt(p (1 - p) / n), or for a regression (1 - r^2) / sqrt(n - 1)."""
+    """Of a `score` on n texts: sqrt(p (1 - p) / n), or for a regression (1 - r^2) / sqrt(n - 1)."""
     if task.classes > 1:
         return float(np.sqrt(value * (1 - value) / count))
     return float((1 - value**2) / np.sqrt(count - 1))

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -139,7 +139,7 @@ def make_step(problem: Problem, settings: Settings) -> Step:
 
     def apply(expert: Expert, gradients: Params) -> Expert:
         updates, opt_state = tx.update(gradients, expert.opt_state, expert.params)
-        return Expert(optax.apply_updates(expert.params, updates), opt_state)
+        return Expert(cast(Params, optax.apply_updates(expert.params, updates)), opt_state)
 
     @partial(jax.jit, donate_argnums=0)
     def update(expert: Expert, *batch: jax.Array) -> tuple[Expert, jax.Array]:
@@ -151,21 +151,21 @@ def make_step(problem: Problem, settings: Settings) -> Step:
 
 def save(path: Path, tree: Any, about: dict[str, Any]) -> None:
     """Writes a tree as an Orbax checkpoint, whole or not at all; replaces what was there."""
-    ocp.save(path.absolute(), tree, custom_metadata=about, overwrite=True)
+    ocp.save(str(path.absolute()), tree, custom_metadata=about, overwrite=True)
 
 
 def find_expert(path: Path, problem: Problem, settings: Settings, step: Step) -> Expert | None:
     """Loads an expert that was trained with the same settings, if ``path`` holds one."""
-    if not ocp.is_orbax_checkpoint(path.absolute()):
+    if not ocp.is_orbax_checkpoint(str(path.absolute())):
         return None
-    if ocp.metadata(path.absolute()).custom_metadata != settings._asdict():
+    if ocp.metadata(str(path.absolute())).custom_metadata != settings._asdict():
         return None
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
         jax.eval_shape(lambda: new_expert(problem, settings, 0, step)),
     )
-    return ocp.load(path.absolute(), like)
+    return ocp.load(str(path.absolute()), like)
 
 
 def new_expert(problem: Problem, settings: Settings, task: int, step: Step) -> Expert:
