@@ -13,6 +13,7 @@ from optax_moma.merging._diagonal import umtam as umtam
 from optax_moma.merging._geometric import karcher as karcher
 from optax_moma.merging._geometric import model_stock as model_stock
 from optax_moma.merging._geometric import slerp as slerp
+from optax_moma.merging._gram import regmean as regmean
 from optax_moma.merging._gram import wudi as wudi
 from optax_moma.merging._gram import wudi_adam as wudi_adam
 from optax_moma.merging._leaf import TaskVectors as TaskVectors

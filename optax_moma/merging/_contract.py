@@ -13,6 +13,8 @@ class Contract(NamedTuple):
     Attributes:
       base: Whether a base is required.
       curvature: Whether every expert needs a curvature.
+      gram: Whether the curvature of a matrix is the Gram (fan-in, fan-in) of its inputs, instead of
+        an estimate for each entry; leaves may then go without.
       key: Whether a random key is required.
       nonnegative_weights: Whether weights below zero make no sense.
       min_experts: The fewest experts it can merge.
@@ -23,6 +25,7 @@ class Contract(NamedTuple):
 
     base: bool = False
     curvature: bool = False
+    gram: bool = False
     key: bool = False
     nonnegative_weights: bool = False
     min_experts: int = 1
@@ -36,6 +39,7 @@ class Contract(NamedTuple):
         return Contract(
             base=self.base or other.base,
             curvature=self.curvature or other.curvature,
+            gram=self.gram or other.gram,
             key=self.key or other.key,
             nonnegative_weights=self.nonnegative_weights or other.nonnegative_weights,
             min_experts=max(self.min_experts, other.min_experts),

@@ -1,4 +1,4 @@
-"""Merges of matrices that solve a least-squares problem: WUDI.
+"""Merges of matrices that solve a least-squares problem: RegMean, WUDI.
 
 Kernels are (fan-in, fan-out), as in Flax: the papers' matrices are their transposes.
 """
@@ -11,8 +11,74 @@ import optax
 
 from optax_moma.merging import _metric, _steps
 from optax_moma.merging._contract import Contract, check_number
-from optax_moma.merging._leaf import TaskVectors, combined, sum_experts
+from optax_moma.merging._leaf import TaskVectors, combined, heard, per_expert, sum_experts
 from optax_moma.merging._steps import Chain, Number, chain
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RegMean:
+    """See ``regmean``."""
+
+    ratio: Number
+    ridge: Number
+
+    @property
+    def contract(self) -> Contract:
+        """Grams."""
+        return Contract(curvature=True, gram=True, nonnegative_weights=True, combines=True)
+
+    def __call__(self, leaf: TaskVectors) -> TaskVectors:
+        """Combines the vectors."""
+        average = _steps.weighted_mean(leaf)
+        if leaf.delta.ndim != 3 or leaf.curvature is None:
+            return combined(leaf, average)
+        x, say = heard(leaf)
+        grams = jnp.stack([jnp.asarray(g, x.dtype) for g in leaf.curvature])
+        grams = grams / _metric.nonzero(jnp.max(jnp.abs(grams)))
+        diagonal = grams * jnp.eye(x.shape[1], dtype=x.dtype)
+        grams = per_expert(say, x) * (self.ratio * grams + (1 - self.ratio) * diagonal)
+        a = sum_experts(grams)
+        b = sum_experts(jnp.einsum("kij,kjo->kio", grams, x, precision="highest"))
+        return combined(leaf, _ridge_solution(a, b, average, self.ridge))
+
+
+def regmean(ratio: Number = 0.95, ridge: Number = 1e-6) -> Chain:
+    """Finds the matrix whose outputs are nearest to each expert's on its own inputs.
+
+    With G_t = Z_t^T Z_t, Z_t (examples, fan-in) the inputs of the layer in expert t, off-diagonal
+    entries times ``ratio``, A = sum_t w_t G_t and c = ridge * trace(A) / fan-in:
+    merged = [base +] (A + c I)^-1 (sum_t w_t G_t x_t + c mean_t x_t).
+
+    Needs, as ``curvature``, a tree per expert with the Gram (fan-in, fan-in) of every kernel, and
+    None at leaves without one: those, and leaves that are no matrices, are averaged. The base is
+    optional and changes nothing but rounding; takes any number of experts, with weights that are
+    not negative. The Grams are compared as they are: divide each by its number of examples.
+
+    Args:
+      ratio: Factor of the off-diagonal entries, from 0 to 1.
+      ridge: How much the solution is drawn to the mean, at least 0, relative to the mean
+        eigenvalue of A; it decides where no expert has inputs. 0 is the published formula.
+
+    Returns:
+      A method for ``merge``.
+
+    Raises:
+      ValueError: if a number is out of range.
+
+    Example:
+      >>> from optax_moma.merging import merge, regmean
+      >>> experts = [{"w": jnp.full((2, 1), 4.0)}, {"w": jnp.zeros((2, 1))}]
+      >>> grams = [{"w": jnp.diag(jnp.array([3., 1.]))}, {"w": jnp.eye(2)}]
+      >>> [f"{x:.3f}" for x in merge(regmean(), experts, curvature=grams)["w"].ravel()]
+      ['3.000', '2.000']
+
+    Source: Jin et al. 2023, "Dataless Knowledge Fusion by Merging Weights of Language Models"
+    (arXiv 2212.09849).
+    """
+    check_number("ratio", ratio, 0, 1)
+    check_number("ridge", ridge, 0)
+    return chain(RegMean(ratio, ridge))
 
 
 @jax.tree_util.register_dataclass

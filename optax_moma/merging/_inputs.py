@@ -77,13 +77,15 @@ def checked_inputs(
         found = [_leaves(tree, curvature=True) for tree in aligned]
         curvatures = list(zip(labels, found, strict=True))
     for label, found in curvatures:
-        problems += _curvature_mismatches(label, found, wanted)
+        problems += (_gram_mismatches if contract.gram else _curvature_mismatches)(
+            label, found, wanted
+        )
     if not contract.curvature:
         # A method that does not look at the curvature must not fail for what is in it.
         curvatures = []
 
     say = _weights(contract, weights, experts, names, problems)
-    problems += _faulty_values(models, curvatures, wanted)
+    problems += _faulty_values(models, curvatures, wanted, gram=contract.gram)
     if problems:
         raise _error(problems)
     return Checked(
@@ -238,7 +240,7 @@ def _curvature_mismatches(label: str, found: Leaves, wanted: Leaves) -> list[str
     averaged = {path: leaf for path, leaf in wanted.items() if is_float(leaf)}
     ignored = {path: leaf for path, leaf in wanted.items() if path not in averaged}
     found = {path: v for path, v in found.items() if path not in ignored}
-    problems = _missing_and_extra(label, found, averaged, "the params")
+    problems = _missing_and_extra(label, found, averaged, "the model")
     for path, v in found.items():
         where = f"{label}, {path_text(path)}"
         parts = v if isinstance(v, Factored) else (v,)
@@ -252,6 +254,27 @@ def _curvature_mismatches(label: str, found: Leaves, wanted: Leaves) -> list[str
             problems.append(
                 f"{where}: shape {shapes}, but the params have "
                 f"{np.shape(averaged[path])}; was it read from another model's state?"
+            )
+    return problems
+
+
+def _gram_mismatches(label: str, found: Leaves, wanted: Leaves) -> list[str]:
+    problems = []
+    for path, gram in found.items():
+        where = f"{label}, {path_text(path)}"
+        shape = np.shape(wanted[path]) if path in wanted else None
+        if gram is None:
+            continue
+        if shape is None:
+            problems += _missing_and_extra(label, {path: gram}, {}, "the model")
+        elif len(shape) != 2:
+            problems.append(f"{where}: a Gram for a leaf that is no matrix; make it None")
+        elif isinstance(gram, Factored) or _kind(gram) != "float":
+            problems.append(f"{where}: not a floating-point array; pass x.T @ x of the inputs x")
+        elif np.shape(gram) != (shape[0], shape[0]):
+            problems.append(
+                f"{where}: shape {np.shape(gram)}, but a kernel of shape {shape} has inputs with "
+                f"a Gram of shape {(shape[0], shape[0])}; pass x.T @ x of the inputs x"
             )
     return problems
 
@@ -340,7 +363,11 @@ def _weights(
 
 
 def _faulty_values(
-    models: list[tuple[str, Leaves]], curvatures: list[tuple[str, Leaves]], wanted: Leaves
+    models: list[tuple[str, Leaves]],
+    curvatures: list[tuple[str, Leaves]],
+    wanted: Leaves,
+    *,
+    gram: bool,
 ) -> list[str]:
     """Reports NaN, infinities, negative curvature, and leaves that cannot be averaged but differ.
 
@@ -362,12 +389,15 @@ def _faulty_values(
                         "not floating point is copied, so make it equal or take it out"
                     )
                     faults.append((where, what, _count_unequal(leaf, other)))
+        what = "values that are not finite; leave the batches out that caused them"
+        if not gram:
+            what = "values that are negative or not finite; a second moment is neither"
+        count_faults = _count_not_finite if gram else _count_not_curvature
         for label, leaves in curvatures:
             for path, v in leaves.items():
                 parts = [p for p in jax.tree.leaves(v) if _has_values(p) and _kind(p) == "float"]
-                what = "values that are negative or not finite; a second moment is neither"
                 where = f"{label}, {path_text(path)}"
-                faults += [(where, what, _count_not_curvature(part)) for part in parts]
+                faults += [(where, what, count_faults(part)) for part in parts]
     counts = jax.device_get([count for _, _, count in faults])
     return [
         f"{where}: {count} {what}"

@@ -19,7 +19,8 @@ class LeafInputs(NamedTuple):
     Attributes:
       experts: The leaf in each of the k experts, all of one shape.
       base: The leaf in the base, or None.
-      curvature: The leaf's curvature in each expert (dense or ``Factored``), or None.
+      curvature: The leaf's curvature in each expert (dense or ``Factored``), or None. With a
+        ``gram`` contract a matrix's Gram, and None for an expert that has none.
       weights: One number per expert, shape (k,).
       key: The merge's random key, or None.
       path_id: ``stable_id`` of the leaf's path, a uint32.
@@ -28,7 +29,7 @@ class LeafInputs(NamedTuple):
 
     experts: tuple[jax.Array, ...]
     base: jax.Array | None
-    curvature: tuple[Curvature, ...] | None
+    curvature: tuple[Curvature | None, ...] | None
     weights: jax.Array | np.ndarray
     key: jax.Array | None
     path_id: jax.Array | np.uint32
@@ -75,7 +76,10 @@ def task_vectors(inputs: LeafInputs) -> TaskVectors:
         ids = jnp.asarray(inputs.expert_ids)
         keys = jax.lax.map(lambda i: jax.random.fold_in(leaf_key, i), ids)
     weight = per_expert(jnp.asarray(inputs.weights, dtype), delta) * jnp.ones_like(delta)
-    return TaskVectors(delta, weight, base, inputs.curvature, keys)
+    curvature = None
+    if inputs.curvature is not None and all(v is not None for v in inputs.curvature):
+        curvature = tuple(v for v in inputs.curvature if v is not None)
+    return TaskVectors(delta, weight, base, curvature, keys)
 
 
 def combined(leaf: TaskVectors, delta: jax.Array) -> TaskVectors:

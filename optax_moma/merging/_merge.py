@@ -138,7 +138,9 @@ def _leaf_inputs(
         experts=tuple(leaves[path] for leaves in inputs.experts),
         base=None if inputs.base is None else inputs.base[path],
         curvature=(
-            None if inputs.curvature is None else tuple(leaves[path] for leaves in inputs.curvature)
+            None
+            if inputs.curvature is None
+            else tuple(leaves.get(path) for leaves in inputs.curvature)
         ),
         weights=inputs.weights,
         key=key,

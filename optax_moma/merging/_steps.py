@@ -99,6 +99,11 @@ def chain(*steps: Step) -> Chain:
                 "earlier step has combined them: put it before mean() or total()."
             )
         done = done or step.contract.combines
+    if len({step.contract.gram for step in flat if step.contract.curvature}) > 1:
+        raise ValueError(
+            "The chain needs a curvature for each entry in one step and Grams in another; merge in "
+            "two calls."
+        )
     return Chain(tuple(flat))
 
 

@@ -23,6 +23,7 @@ from optax_moma.merging import (
     mean,
     merge,
     model_stock,
+    regmean,
     sce,
     slerp,
     ties,
@@ -314,6 +315,62 @@ def test_knots_merges_in_a_shared_basis():
     ]:
         with pytest.raises(ValueError, match=text):
             knots(*steps)
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+def test_regmean(with_base):
+    base, experts, _ = problem(18)
+    rng = np.random.default_rng(19)
+    inputs = rng.normal(size=(K, 30, M)).astype(np.float32)
+    grams = [{"w": z.T @ z / 30, "b": None} for z in inputs]
+    weights = np.array([1.0, 2.0, 0.5])
+    merged = merge(
+        regmean(ratio=0.9, ridge=0.0),
+        experts,
+        base=base if with_base else None,
+        curvature=grams,
+        weights=weights,
+    )
+    a, b = 0.0, 0.0
+    for w, tree, e in zip(weights, grams, experts, strict=True):
+        g = tree["w"].astype(np.float64)
+        g = w * (0.9 * g + 0.1 * np.diag(np.diag(g)))
+        a, b = a + g, b + g @ e["w"].astype(np.float64)
+    want = np.linalg.solve(a, b)
+    np.testing.assert_allclose(merged["w"], want, rtol=1e-6, atol=1e-6 * np.abs(want).max())
+    mean_b = np.average([e["b"] for e in experts], axis=0, weights=weights)
+    np.testing.assert_allclose(merged["b"], mean_b, rtol=2e-6, atol=1e-6)
+    # Inputs that no expert has ever seen leave the mean.
+    dead = [{"w": g["w"] * (np.arange(M) > 2) * (np.arange(M) > 2)[:, None]} for g in grams]
+    merged = merge(regmean(), experts, curvature=dead)
+    mean_w = np.mean([e["w"] for e in experts], axis=0)
+    np.testing.assert_allclose(merged["w"][:3], mean_w[:3], rtol=1e-6, atol=1e-6)
+    # A Gram that one expert lacks: the mean.
+    some = [grams[0], {"b": None}, grams[2]]
+    np.testing.assert_allclose(
+        merge(regmean(), experts, curvature=some)["w"], mean_w, rtol=2e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("grams", "text"),
+    [
+        ({"w": jnp.eye(N)}, r"expert 1, w: shape \(5, 5\), but a kernel of shape \(8, 5\)"),
+        ({"b": jnp.eye(7)}, "expert 1, b: a Gram for a leaf that is no matrix; make it None"),
+        ({"w": jnp.eye(M, dtype=jnp.int32)}, "expert 1, w: not a floating-point array"),
+        ({"v": jnp.eye(M)}, "expert 1 has leaves that the model lacks: v"),
+        ({"w": jnp.full((M, M), jnp.nan)}, "expert 1, w: 64 values that are not finite; leave"),
+    ],
+)
+def test_a_wrong_gram_is_named(grams, text):
+    _, experts, _ = problem(20)
+    with pytest.raises(ValueError, match=text):
+        merge(regmean(), experts, curvature=[{"w": -jnp.eye(M)}, grams, {}])
+
+
+def test_grams_and_curvatures_do_not_mix():
+    with pytest.raises(ValueError, match="Grams in another"):
+        chain(weigh(), *regmean().steps)
 
 
 def wudi_terms(x):
