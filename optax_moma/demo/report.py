@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
@@ -44,8 +45,8 @@ class Comparison(NamedTuple):
 def shares(scores: Mapping[str, float], experts: Mapping[str, float]) -> dict[str, float]:
     """score / the expert's score, by task.
 
-    >>> shares({"a": 0.6, "b": 0.2}, {"a": 0.8, "b": 0.8})
-    {'a': 0.75, 'b': 0.25}
+    >>> shares({"a": 0.5, "b": 0.25}, {"a": 0.5, "b": 0.5})
+    {'a': 1.0, 'b': 0.5}
     """
     return {task: scores[task] / experts[task] for task in experts}
 
@@ -133,52 +134,52 @@ def write_csv(comparison: Comparison, path: Path) -> None:
 
 def draw(comparison: Comparison, path: Path) -> None:
     """Two panels: the share each model keeps of each task, and how the scale was tuned."""
-    kept = _shares(comparison)
-    models = [row for row in comparison.rows if row.model != EXPERTS]
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(11.5, 5), layout="constrained")
     test, dev = figure.subplots(1, 2, width_ratios=(3, 2))
-    markers = ("o", "s", "^", "D", "v", "P", "X", "*")
-    for y, row in enumerate(models):
-        own = kept[row.model]
-        test.plot([100 * min(own.values()), 100 * max(own.values())], [y, y], color="0.8", lw=2)
-        for i, task in enumerate(comparison.tasks):
-            test.plot(
-                100 * own[task.name],
-                y,
-                markers[i % len(markers)],
-                color=f"C{i}",
-                ms=8,
-                label=task.title if y == 0 else None,
-            )
-        test.plot(
-            100 * mean(own), y, "|", color="black", ms=22, mew=2.5, label="mean" if y == 0 else None
-        )
-        test.annotate(
-            f"{100 * mean(own):.1f} %",
-            (1.01, y),
-            xycoords=("axes fraction", "data"),
-            va="center",
-            fontsize=9,
-        )
-    labels = [
-        row.model if row.scale is None else f"{row.model} (× {row.scale:g})" for row in models
-    ]
-    test.set_yticks(range(len(models)), labels)
-    test.invert_yaxis()
-    test.axvline(100, color="0.4", lw=1, ls="--")
-    test.set_xlabel("share of the expert's test score kept (%)")
-    test.set_title("Test: one encoder, every expert's own head")
-    test.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=5, frameon=False, fontsize=8)
-    for name, curve in comparison.tuning.items():
-        line = dev.plot(comparison.scales, 100 * np.asarray(curve), "-", lw=1.5, label=name)[0]
-        top = int(np.argmax(curve))
-        dev.plot(comparison.scales[top], 100 * curve[top], "o", color=line.get_color(), ms=8)
-    dev.set_xlabel("scale of the merged task vector")
-    dev.set_ylabel("mean share kept (%)")
-    dev.set_title("Dev: the scale, tuned for each method")
-    dev.legend(frameon=False, fontsize=9)
+    _draw_test(test, comparison)
+    _draw_tuning(dev, comparison)
     for axes in (test, dev):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="0.93")
         axes.set_axisbelow(True)
     figure.savefig(path, dpi=150)
+
+
+def _draw_test(axes: Axes, comparison: Comparison) -> None:
+    kept = _shares(comparison)
+    rows = [row for row in comparison.rows if row.model != EXPERTS]
+    places = np.arange(len(rows))
+    # Tasks are a little apart, so that equal shares do not hide each other.
+    offsets = np.linspace(-0.2, 0.2, len(comparison.tasks))
+    for i, task in enumerate(comparison.tasks):
+        values = [100 * kept[row.model][task.name] for row in rows]
+        marker = "osD^vPX"[i % 7]
+        axes.plot(values, places + offsets[i], marker, color=f"C{i}", ms=7, label=task.title)
+    means = [100 * mean(kept[row.model]) for row in rows]
+    axes.vlines(means, places - 0.33, places + 0.33, color="black", lw=2.5, label="mean")
+    for place, value in zip(places, means, strict=True):
+        at = (1.01, place)
+        text = f"{value:.1f} %"
+        axes.annotate(text, at, xycoords=("axes fraction", "data"), va="center", fontsize=9)
+    scales = ["" if row.scale is None else f" (× {row.scale:g})" for row in rows]
+    axes.set_yticks(places, [row.model + s for row, s in zip(rows, scales, strict=True)])
+    axes.invert_yaxis()
+    axes.axvline(100, color="0.4", lw=1, ls="--")
+    axes.set_xlabel("share of the expert's test score kept (%)")
+    axes.set_title("Test: one encoder, each task with its expert's head", fontsize=11)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=5, frameon=False, fontsize=9)
+
+
+def _draw_tuning(axes: Axes, comparison: Comparison) -> None:
+    # Other colours than the tasks': the method listed last, ours, is black.
+    colours = ["C4", "C5", "C9", "C6", "C8"]
+    for i, (name, curve) in enumerate(comparison.tuning.items()):
+        last = i == len(comparison.tuning) - 1
+        colour = "black" if last else colours[i % len(colours)]
+        axes.plot(comparison.scales, 100 * np.asarray(curve), color=colour, label=name)
+        top = int(np.argmax(curve))
+        axes.plot(comparison.scales[top], 100 * curve[top], "o", color=colour, ms=8)
+    axes.set_xlabel("scale of the merged task vector (chosen: dot)")
+    axes.set_ylabel("mean share kept (%)")
+    axes.set_title("Dev: the scale of each method", fontsize=11)
+    axes.legend(frameon=False, fontsize=9)
