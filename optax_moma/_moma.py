@@ -249,9 +249,9 @@ def scale_by_moma(
         )  # fmt: skip
         leaves, treedef = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
         kinds = layouts(plain, weight_dimension_numbers, min_dim_size_to_factor)
-        forms = [_Matrix if layout else _Dense for layout in kinds]
+        old = to_entries(plain, state, (_Matrix, _Dense))
         steps, entries = [], []
-        for g, layout, entry in zip(leaves, kinds, to_entries(plain, state, forms), strict=True):
+        for g, layout, entry in zip(leaves, kinds, old, strict=True):
             if g is None:
                 step, new = None, entry
             elif layout is None:

@@ -25,6 +25,10 @@ class Factored(NamedTuple):
     Both factors carry all the leaf's axes, with size one where they do not vary: a matrix of shape
     (m, n) has ``row`` (m, 1) and ``col`` (1, n); a stack of matrices (L, m, n) has (L, m, 1) and
     (L, 1, n). Powers stay factored: ``v**p = row**p * col**p``.
+
+    Attributes:
+      row: What varies along the rows: each row's share of the total.
+      col: What varies along the columns: the second moments, summed over the rows.
     """
 
     row: jax.Array

@@ -106,7 +106,9 @@ def state_partition_specs(
         jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
         for leaf, spec in zip(leaves, specs, strict=True)
     ]
-    with jax.sharding.use_abstract_mesh(mesh):
+    # The empty mesh first: a mesh that is in use outside may have axes of other sizes.
+    none = AbstractMesh((), ())
+    with jax.sharding.use_abstract_mesh(none), jax.sharding.use_abstract_mesh(mesh):
         state = jax.eval_shape(tx.init, treedef.unflatten(abstract))
     return jax.tree.map(lambda x: x.sharding.spec if x.sharding else PartitionSpec(), state)
 

@@ -78,9 +78,18 @@ def to_trees(params: Any, entries: list[Any], fields: tuple[str, ...]) -> dict[s
     }
 
 
-def to_entries(params: Any, state: Any, kinds: list[type]) -> list[Any]:
-    """The inverse of :func:`to_trees`: one entry per leaf, of the NamedTuple type that is named."""
+def to_entries(params: Any, state: Any, forms: tuple[type, ...]) -> list[Any]:
+    """The inverse of :func:`to_trees`: one entry per leaf, of the first form that it fits.
+
+    The state says which form that is, not the leaf: a gradient may be None.
+    """
     treedef = jax.tree.structure(params, is_leaf=lambda x: x is None)
-    fields = sorted({field for kind in kinds for field in kind._fields})
+    fields = [field for form in forms for field in form._fields]
     columns = {field: treedef.flatten_up_to(getattr(state, field)) for field in fields}
-    return [kind(*(columns[field][i] for field in kind._fields)) for i, kind in enumerate(kinds)]
+
+    def entry(i: int) -> Any:
+        held = [f for f in forms if not isinstance(columns[f._fields[0]][i], optax.MaskedNode)]
+        form = [*held, forms[-1]][0]
+        return form(*(columns[field][i] for field in form._fields))
+
+    return [entry(i) for i in range(treedef.num_leaves)]

@@ -176,7 +176,9 @@ def scale_by_umtam(
         M = b1 * (U * s) @ V.T + (1 - b1) * G + gamma * E
         u, d, vt = jnp.linalg.svd(M, full_matrices=False)
         r = s.shape[0]
-        U, s, V = u[:, :r], d[:r], vt[:r].T
+        # Beyond the numerical rank singular vectors are rounding noise, and none are kept.
+        found = d[:r] > max(G.shape) * jnp.finfo(wide).eps * d[0]
+        U, s, V = u[:, :r] * found, d[:r] * found, vt[:r].T * found
         low = (U * s) @ V.T
         R = moments.ema(R, moments.row_sums(jnp.square(G)), b2)
         C = moments.ema(C, moments.col_sums(jnp.square(G)), b2)
@@ -219,7 +221,7 @@ def scale_by_umtam(
         leaves, treedef = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
         weights = treedef.flatten_up_to(params)
         views = [None if g is None else paper_layout(g) for g in leaves]
-        old = to_entries(plain, state, [_Matrix if view else _Dense for view in views])
+        old = to_entries(plain, state, (_Matrix, _Dense))
         steps, entries = [], []
         for g, w, view, entry in zip(leaves, weights, views, old, strict=True):
             if g is None:
