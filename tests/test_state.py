@@ -1,0 +1,285 @@
+"""Bytes and layouts of states, against shapes counted by hand and arrays that exist."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import optax_moma as om
+
+
+def array(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def dense(m: int, n: int) -> dict:
+    return {"kernel": array(m, n), "bias": array(n)}
+
+
+def norm(n: int) -> dict:
+    return {"scale": array(n), "bias": array(n)}
+
+
+def bert_base() -> dict:
+    d, hidden = 768, 3072
+    layer = {
+        **{name: dense(d, d) for name in ("query", "key", "value", "output")},
+        "attention_norm": norm(d),
+        "up": dense(d, hidden),
+        "down": dense(hidden, d),
+        "output_norm": norm(d),
+    }
+    return {
+        "word": array(30522, d),
+        "position": array(512, d),
+        "token_type": array(2, d),
+        "norm": norm(d),
+        "layers": [layer] * 12,
+        "pooler": dense(d, d),
+    }
+
+
+def gpt2() -> dict:
+    d = 768
+    block = {
+        "norm_1": norm(d),
+        "attention": dense(d, 3 * d),
+        "projection": dense(d, d),
+        "norm_2": norm(d),
+        "up": dense(d, 4 * d),
+        "down": dense(4 * d, d),
+    }
+    return {
+        "tokens": array(50257, d),  # also the head
+        "positions": array(1024, d),
+        "blocks": [block] * 12,
+        "norm": norm(d),
+    }
+
+
+@pytest.mark.parametrize(("shapes", "count"), [(bert_base, 109_482_240), (gpt2, 124_439_808)])
+def test_share_of_adamw(shapes, count):
+    """At most 3.5 % of AdamW's bytes, counted leaf by leaf, saliency included."""
+    params = shapes()
+    leaves = jax.tree.leaves(params)
+    assert sum(leaf.size for leaf in leaves) == count
+    adamw = om.state_size(optax.adamw(1e-3), params).total_bytes
+    assert adamw == 8 * count + 4
+    size = om.state_size(om.moma(1e-3, rank=32), params)
+    numbers = sum(
+        34 * sum(leaf.shape) + 32 if min(leaf.shape) >= 128 and leaf.ndim == 2 else 3 * leaf.size
+        for leaf in leaves
+    )
+    assert size.total_bytes == 4 * numbers + 4 + 8  # the state's three scalars
+    assert size.total_bytes <= 0.035 * adamw
+
+
+TREE = {"kernel": jnp.ones((12, 8)), "stack": jnp.ones((3, 8, 16)), "bias": jnp.ones(8)}
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        om.moma(optax.constant_schedule(1e-3), 2, min_dim_size_to_factor=8, mu_dtype=jnp.bfloat16),
+        om.moma(1e-3, 2, min_dim_size_to_factor=8, error_dtype=jnp.int8),
+        optax.chain(optax.clip_by_global_norm(1.0), om.umtam(1e-3, 2)),
+        optax.adafactor(1e-3, min_dim_size_to_factor=8),
+        optax.sgd(1e-3),
+    ],
+    ids=["moma", "int8", "umtam", "adafactor", "sgd"],
+)
+def test_bytes_are_those_of_the_arrays(tx):
+    size = om.state_size(tx, TREE)
+    assert size.total_bytes == sum(x.nbytes for x in jax.tree.leaves(tx.init(TREE)))
+    assert sum(size.by_field.values()) == size.total_bytes
+    assert list(size.by_field.values()) == sorted(size.by_field.values(), reverse=True)
+
+
+def test_bytes_by_field():
+    fields = om.state_size(om.moma(1e-3, 2, min_dim_size_to_factor=8), TREE).by_field
+    assert fields == {
+        "V": 4 * 2 * (8 + 3 * 16),
+        "U": 4 * 2 * (12 + 3 * 8),
+        "C": 4 * (8 + 3 * 16),
+        "saliency_col": 4 * (8 + 3 * 16),
+        "R": 4 * (12 + 3 * 8),
+        "saliency_row": 4 * (12 + 3 * 8),
+        "s": 4 * 2 * (1 + 3),
+        "mu": 4 * 8,
+        "nu": 4 * 8,
+        "saliency": 4 * 8,
+        "count": 4,
+        "mu_weight": 4,
+        "nu_weight": 4,
+    }
+
+
+def test_bytes_by_field_count_a_quantized_error_as_error():
+    tx = om.moma(1e-3, 2, min_dim_size_to_factor=8, error_dtype=jnp.int8)
+    fields = om.state_size(tx, {"kernel": TREE["kernel"]}).by_field
+    assert fields["error"] == 12 * 8 + 4 * 12  # one scale a row
+
+
+class Model(NamedTuple):
+    kernel: Any
+    bias: Any
+
+
+def test_bytes_by_field_for_parameters_with_attributes():
+    """NamedTuples, dataclasses, Equinox modules: their names are not those of the state."""
+    named = Model(TREE["kernel"], TREE["bias"])
+    tx = om.moma(1e-3, 2, min_dim_size_to_factor=8)
+    assert om.state_size(tx, named) == om.state_size(tx, named._asdict())
+
+
+def test_state_size_makes_no_array():
+    size = om.state_size(om.moma(1e-3), {"w": array(10**6, 10**6)})  # 4 TB
+    assert size.total_bytes == 4 * (34 * 2 * 10**6 + 32) + 12
+
+
+# PartitionSpecs
+
+SHAPES = {"kernel": array(16, 8), "stack": array(3, 8, 16), "heads": array(16, 4, 2)}
+SHAPES |= {"bias": array(8), "scale": array()}
+SPECS = {
+    "kernel": P("fsdp", "tensor"),
+    "stack": P(None, "tensor", "fsdp"),
+    "heads": P("fsdp", "tensor"),
+    "bias": P("tensor"),
+    "scale": None,
+}
+NOTHING = optax.MaskedNode()
+MOMA = om.ScaleByMomaState(
+    count=P(),
+    mu_weight=P(),
+    nu_weight=P(),
+    U={"kernel": P("fsdp", None), "stack": P(None, "tensor", None), "heads": P("fsdp", None)},
+    s={"kernel": P(None), "stack": P(None, None), "heads": P(None)},
+    V={"kernel": P("tensor", None), "stack": P(None, "fsdp", None), "heads": P("tensor", None)},
+    R={"kernel": P("fsdp"), "stack": P(None, "tensor"), "heads": P("fsdp")},
+    C={"kernel": P("tensor"), "stack": P(None, "fsdp"), "heads": P("tensor")},
+    saliency_row={"kernel": P("fsdp"), "stack": P(None, "tensor"), "heads": P("fsdp")},
+    saliency_col={"kernel": P("tensor"), "stack": P(None, "fsdp"), "heads": P("tensor")},
+    error={},
+    mu={"bias": P("tensor"), "scale": P()},
+    nu={"bias": P("tensor"), "scale": P()},
+    saliency={"bias": P("tensor"), "scale": P()},
+)
+MOMA = MOMA._replace(
+    **{
+        field: dict.fromkeys(SHAPES, NOTHING) | value
+        for field, value in MOMA._asdict().items()
+        if isinstance(value, dict)
+    }
+)
+ADAM = optax.ScaleByAdamState(count=P(), mu=SPECS | {"scale": P()}, nu=SPECS | {"scale": P()})
+
+
+def assert_specs(found, expected):
+    """Equal up to trailing None, and with the structure of the state."""
+    is_spec = lambda x: isinstance(x, P)
+    found, found_def = jax.tree.flatten(found, is_leaf=is_spec)
+    expected, expected_def = jax.tree.flatten(expected, is_leaf=is_spec)
+    assert found_def == expected_def
+
+    def plain(spec):
+        axes = list(spec)
+        while axes and axes[-1] is None:
+            axes.pop()
+        return axes
+
+    assert [plain(spec) for spec in found] == [plain(spec) for spec in expected]
+
+
+def moma(learning_rate=1e-3):
+    return om.moma(learning_rate, 2, min_dim_size_to_factor=8)
+
+
+EMPTY = optax.EmptyState()
+
+
+def test_specs_of_moma_in_a_chain():
+    tx = optax.chain(optax.clip_by_global_norm(1.0), moma(optax.constant_schedule(1e-3)))
+    expected = (EMPTY, (MOMA, EMPTY, optax.ScaleByScheduleState(count=P())))
+    assert_specs(om.state_partition_specs(tx, SHAPES, SPECS), expected)
+
+
+def test_specs_of_multi_steps():
+    found = om.state_partition_specs(optax.MultiSteps(moma(), 4), SHAPES, SPECS)
+    assert_specs(found.inner_opt_state, (MOMA, EMPTY, EMPTY))
+    assert_specs(found.acc_grads, SPECS | {"scale": P()})
+    assert found.mini_step == P()
+
+
+def test_specs_of_inject_hyperparams():
+    injected = optax.inject_hyperparams(om.moma, static_args=("rank", "min_dim_size_to_factor"))
+    tx = injected(1e-3, rank=2, min_dim_size_to_factor=8)
+    found = om.state_partition_specs(tx, SHAPES, SPECS)
+    assert_specs(found.inner_state, (MOMA, EMPTY, EMPTY))
+    assert found.hyperparams["learning_rate"] == P()
+
+
+def test_specs_of_adamw():
+    found = om.state_partition_specs(optax.adamw(1e-3), SHAPES, SPECS)
+    assert_specs(found, (ADAM, EMPTY, EMPTY))
+
+
+def test_specs_of_adafactor_have_the_structure_of_its_state():
+    """It makes its sums without shardings: they are replicated."""
+    tx = optax.adafactor(1e-3, min_dim_size_to_factor=8)
+    found = om.state_partition_specs(tx, SHAPES, SPECS)
+    assert jax.tree.structure(found) == jax.tree.structure(jax.eval_shape(tx.init, SHAPES))
+    assert all(isinstance(spec, P) for spec in jax.tree.leaves(found))
+
+
+def test_specs_of_umtam():
+    params, specs = {"kernel": SHAPES["kernel"]}, {"kernel": SPECS["kernel"]}
+    state = om.state_partition_specs(om.umtam(1e-3, 2), params, specs)[0]
+    for field in ("error", "base", "saliency"):
+        assert_specs(getattr(state, field), specs)
+
+
+def test_specs_may_name_several_axes_at_once():
+    specs = {"kernel": P(("data", "fsdp"), None)}
+    found = om.state_partition_specs(moma(), {"kernel": SHAPES["kernel"]}, specs)[0]
+    assert_specs(found.R["kernel"], P(("data", "fsdp")))
+    assert_specs(found.C["kernel"], P())
+
+
+def test_specs_of_a_replicated_model():
+    found = om.state_partition_specs(moma(), SHAPES, dict.fromkeys(SHAPES))
+    assert_specs(found[0], jax.tree.map(lambda _: P(), MOMA, is_leaf=lambda x: isinstance(x, P)))
+
+
+@pytest.mark.parametrize(
+    ("specs", "words"),
+    [
+        ({"kernel": P()}, "tree like params"),
+        (SPECS | {"kernel": {"nested": P()}}, "tree like params"),
+        (SPECS | {"bias": P(None, "fsdp")}, "'bias'"),
+    ],
+    ids=["missing", "nested", "long"],
+)
+def test_specs_that_do_not_fit(specs, words):
+    with pytest.raises(ValueError, match="spec") as raised:
+        om.state_partition_specs(moma(), SHAPES, specs)
+    assert words in str(raised.value)
+
+
+def test_specs_hold_for_the_arrays():
+    """What is predicted is where `init` puts the state on a mesh of eight devices."""
+    mesh = jax.make_mesh(
+        (4, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Explicit,) * 2
+    )
+    place = lambda x, spec: jax.device_put(
+        np.zeros(x.shape, x.dtype), jax.sharding.NamedSharding(mesh, spec or P())
+    )
+    with jax.set_mesh(mesh):
+        params = {name: place(SHAPES[name], SPECS[name]) for name in SHAPES}
+        state = moma().init(params)
+    found = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, state)
+    assert_specs(found, (MOMA, EMPTY, EMPTY))
