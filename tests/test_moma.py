@@ -337,6 +337,17 @@ def test_leaves_without_gradients_stay_and_can_learn_later(settings):
         assert np.vdot(updates[3][name], g) > 0.1 * np.linalg.norm(g)
 
 
+def test_a_matrix_without_a_gradient_keeps_its_state():
+    """Optax allows None for the gradient of a leaf."""
+    grads = {"w": draws(8, 11)[0], "b": draws(5)[0]}
+    _, state = run(RANK_3, [grads])
+    (updates,), after = run(RANK_3, [grads | {"w": None}], state)
+    assert updates["w"] is None
+    for field in ("U", "s", "V", "R", "C", "saliency_row"):
+        np.testing.assert_array_equal(getattr(after, field)["w"], getattr(state, field)["w"])
+    assert np.any(after.mu["b"] != state.mu["b"])
+
+
 @pytest.mark.parametrize("eps", [1e-8, 0.0])
 def test_rows_without_gradients_stay(eps):
     """Tokens that do not occur: their embeddings do not move, and nothing else notices."""

@@ -81,8 +81,12 @@ def test_trees_and_back():
         s: Any
         mu: Any
 
-    back = _tree.to_entries(params, State(**trees), [Dense, Dense, Matrix])
+    forms = (Matrix, Dense)
+    back = _tree.to_entries(params, State(**trees), forms)
     assert back == [Dense(1), Dense(nothing), Matrix(2, 3)]
+    assert list(map(type, back)) == [Dense, Dense, Matrix]
+    # A leaf without a gradient still has its entry.
+    assert _tree.to_entries(params | {"w": None}, State(**trees), forms)[2] == Matrix(2, 3)
 
 
 def test_boxes_are_opened():
