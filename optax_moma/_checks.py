@@ -13,7 +13,7 @@ def check_integer(name: str, value: Any, lowest: int) -> int:
     """``value`` as a Python integer of at least ``lowest``: it fixes shapes."""
     if isinstance(value, Tracer | jax.Array | bool):
         raise TypeError(
-            f"{name} must be a Python integer, got {value!r}: it fixes the shapes of the state."
+            f"{name} must be a Python integer, got {value!r}: it shapes the program."
             f" Under optax.inject_hyperparams name it in static_args=('{name}', ...)."
         )
     try:

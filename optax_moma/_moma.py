@@ -107,6 +107,7 @@ class _Hyper(NamedTuple):
     eps: Scalar
     residual: Scalar
     clip_rms: Scalar
+    power_iterations: int
     learning_rate: Scalar
     mu_weight: jax.Array
     nu_weight: jax.Array
@@ -120,6 +121,7 @@ def scale_by_moma(
     eps: Scalar = 1e-8,
     residual: Scalar = 1.0,
     clip_rms: Scalar = 1.0,
+    power_iterations: int = 1,
     min_dim_size_to_factor: int = 128,
     weight_dimension_numbers: Any = None,
     saliency: bool = True,
@@ -142,6 +144,8 @@ def scale_by_moma(
         one. Relative: a loss multiplied by a constant gives the same updates.
       residual: Multiplies the part of the gradient outside the subspace; 0 leaves it out.
       clip_rms: Largest root mean square of a leaf's update, as in Adafactor; ``inf`` for none.
+      power_iterations: Subspace iterations per step, >= 1, of two thin products with the gradient
+        each. More follow the momentum's best rank-r part more closely.
       min_dim_size_to_factor: A matrix with fewer rows or columns is kept with Adam's dense moments,
         as are leaves that are no matrices, and complex ones.
       weight_dimension_numbers: Which axes of a leaf are fan-in and fan-out; the others stack
@@ -167,7 +171,7 @@ def scale_by_moma(
     Raises:
       ValueError: rank < 1, b1 or b2 outside [0, 1), a negative eps, residual or clip_rms, dimension
         numbers that do not fit a leaf, an error_dtype that is none of the three.
-      TypeError: rank or min_dim_size_to_factor is not a Python integer. They fix shapes: under
+      TypeError: rank, min_dim_size_to_factor or power_iterations is not a Python integer. Under
         ``optax.inject_hyperparams`` name them in ``static_args``.
 
     Example:
@@ -187,6 +191,7 @@ def scale_by_moma(
     min_dim_size_to_factor = check_integer(
         "min_dim_size_to_factor", min_dim_size_to_factor, lowest=1
     )
+    power_iterations = check_integer("power_iterations", power_iterations, lowest=1)
     check_decay("b1", b1)
     check_decay("b2", b2)
     check_not_negative("eps", eps)
@@ -243,7 +248,7 @@ def scale_by_moma(
         plain = unboxed(updates)
         rate: Any = learning_rate(state.count) if callable(learning_rate) else learning_rate
         hyper = _Hyper(
-            b1, b2, eps, residual, clip_rms, rate,
+            b1, b2, eps, residual, clip_rms, power_iterations, rate,
             mu_weight=moments.ema(state.mu_weight, jnp.ones((), jnp.float32), b1),
             nu_weight=moments.ema(state.nu_weight, jnp.ones((), jnp.float32), b2),
         )  # fmt: skip
@@ -290,6 +295,7 @@ def _matrix_step(
             # A = (1 - b1) P * G, and P = p q only ever scales rows and columns.
             lambda X: (1 - b1) * p * contract("mn,nr->mr", G, transposed(q) * X),
             lambda X: (1 - b1) * q * contract("mr,mn->rn", p * X, G),
+            hyper.power_iterations,
         )
         B = inside / (1 - b1)
         total = _norm(unshared(p) * G * unshared(q))
@@ -311,6 +317,7 @@ def _matrix_step(
             b1,
             lambda X: contract("mn,nr->mr", A, X),
             lambda X: contract("mr,mn->rn", X, A),
+            hyper.power_iterations,
         )
         held, before = (
             contract("mr,nr->mn", x.U * x.s[..., None, :], x.V) for x in (factors, Factors(U, s, V))
@@ -393,6 +400,7 @@ def moma(
     eps: Scalar = 1e-8,
     residual: Scalar = 1.0,
     clip_rms: Scalar = 1.0,
+    power_iterations: int = 1,
     weight_dimension_numbers: Any = None,
     saliency: bool = True,
     error_dtype: DTypeLike | None = None,
@@ -430,6 +438,7 @@ def moma(
       eps: See :func:`scale_by_moma`, as for all arguments that follow.
       residual: Multiplies the part of the gradient outside the subspace.
       clip_rms: Largest root mean square of a leaf's update.
+      power_iterations: Subspace iterations per step.
       weight_dimension_numbers: Which axes of a leaf are fan-in and fan-out.
       saliency: Whether to accumulate the loss decrease along the trajectory.
       error_dtype: Type of a dense buffer for the momentum outside the subspace, or None.
@@ -442,7 +451,7 @@ def moma(
 
     Raises:
       ValueError: An argument out of its range; see :func:`scale_by_moma`.
-      TypeError: rank or min_dim_size_to_factor is not a Python integer. Under
+      TypeError: rank, min_dim_size_to_factor or power_iterations is not a Python integer. Under
         ``optax.inject_hyperparams`` name them in ``static_args``, as well as callables and dtypes.
 
     Example:
@@ -470,6 +479,7 @@ def moma(
             eps=eps,
             residual=residual,
             clip_rms=clip_rms,
+            power_iterations=power_iterations,
             min_dim_size_to_factor=min_dim_size_to_factor,
             weight_dimension_numbers=weight_dimension_numbers,
             saliency=saliency,

@@ -176,10 +176,12 @@ def scale_by_umtam(
         M = b1 * (U * s) @ V.T + (1 - b1) * G + gamma * E
         u, d, vt = jnp.linalg.svd(M, full_matrices=False)
         r = s.shape[0]
-        # Beyond the numerical rank singular vectors are rounding noise, and none are kept.
-        found = d[:r] > max(G.shape) * jnp.finfo(wide).eps * d[0]
-        U, s, V = u[:, :r] * found, d[:r] * found, vt[:r].T * found
+        # Beyond the numerical rank singular vectors are rounding noise: none are kept, nor is the
+        # error that would be made of them.
+        found = d > max(G.shape) * jnp.finfo(wide).eps * d[0]
+        U, s, V = u[:, :r] * found[:r], d[:r] * found[:r], vt[:r].T * found[:r]
         low = (U * s) @ V.T
+        E = jnp.where(jnp.any(found[r:]), M - low, 0)
         R = moments.ema(R, moments.row_sums(jnp.square(G)), b2)
         C = moments.ema(C, moments.col_sums(jnp.square(G)), b2)
         growth = jnp.where(W_norm > eps, jnp.maximum(1, norm / jnp.where(W_norm > 0, W_norm, 1)), 1)
@@ -187,12 +189,10 @@ def scale_by_umtam(
         # A gradient that is zero everywhere leaves low = 0 over v = 0 when eps is 0.
         floor = v + eps * growth
         step = jnp.where(floor > 0, low * jax.lax.rsqrt(jnp.where(floor > 0, floor, 1)), 0)
-        step, missed, H = (
-            layout.from_matrix(x, g) for x in (step, M - low, jnp.sqrt(R[:, None] * C))
-        )
+        step, E, H = (layout.from_matrix(x, g) for x in (step, E, jnp.sqrt(R[:, None] * C)))
         moved = w.astype(wide) * (1 - rate * weight_decay) - rate * step - W0
         S = moments.ema(S, jnp.square(moved) * H, alpha)
-        return step.astype(g.dtype), _Matrix(U, s, V, R, C, missed, W0, S)
+        return step.astype(g.dtype), _Matrix(U, s, V, R, C, E, W0, S)
 
     def dense_step(g: jax.Array, state: _Dense, count: jax.Array) -> tuple[jax.Array, _Dense]:
         G = g.astype(at_least_float32(g.dtype))
