@@ -1,0 +1,15 @@
+"""Merges of checkpoints of any size, streamed: the same bits as merges in memory."""
+
+from ._manifest import Verified as Verified
+from ._manifest import verify as verify
+from ._merge import Merged as Merged
+from ._merge import load as load
+from ._merge import merge as merge
+from ._plan import Plan as Plan
+from ._plan import plan as plan
+from ._recipe import CurvatureSource as CurvatureSource
+from ._recipe import Expert as Expert
+from ._recipe import Output as Output
+from ._recipe import Recipe as Recipe
+from ._recipe import Rule as Rule
+from ._recipe import Source as Source

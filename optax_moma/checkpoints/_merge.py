@@ -1,0 +1,579 @@
+"""The merge of checkpoints: leaf groups are read, merged and written, each while others are.
+
+The arithmetic is ``optax_moma.merge``, given one leaf at a time: so the bits are those of a merge
+in memory, however the leaves are grouped.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import merging
+from ..merging._inputs import is_float
+from ..merging._leaf import LeafInputs, stable_id
+from ..merging._merge import prepared
+from . import _orbax, _safetensors
+from ._manifest import differing, digest, write_manifest
+from ._plan import CHUNK_BYTES, Job, Part, open_job, passes, problems_of, raise_problems
+from ._recipe import Recipe, key_of, output_dtype, problem_error
+from ._source import Abstract, Checkpoint, manifest_path, open_checkpoint
+
+Progress = Callable[[int, int], None]
+
+
+class Merged(NamedTuple):
+    """What a merge did.
+
+    Attributes:
+      path: What was written.
+      leaves: How many leaves it has.
+      resumed: How many of them an earlier, interrupted run had already written.
+      bytes_read: How much was read.
+      bytes_written: How much was written, before compression.
+      seconds: How long it took.
+    """
+
+    path: Path
+    leaves: int
+    resumed: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+
+
+class _Task(NamedTuple):
+    """One leaf of the work."""
+
+    name: str
+    part: Part
+    bytes: int
+
+
+class _Read(NamedTuple):
+    """The arrays of a group, by model and leaf path; the curvature; digests; what was wrong."""
+
+    models: dict[str, dict[str, np.ndarray]]
+    curvature: dict[str, dict[str, Any]]
+    digests: dict[str, dict[str, str]]
+    faults: dict[str, list[str]]
+
+
+def merge(
+    recipe: Recipe | Mapping[str, Any] | Path | str,
+    output: Path | str,
+    *,
+    force: bool = False,
+    chunk_bytes: int = CHUNK_BYTES,
+    progress: Progress | None = None,
+) -> Merged:
+    """Merges checkpoints of any size into one, with the bits of ``optax_moma.merge``.
+
+    Leaves are read, merged and written in groups. Nothing is at ``output`` before all is done; a
+    merge that was killed goes on where it was when it is called again, with what lies in
+    ``output + ".merging"``.
+
+    Args:
+      recipe: A ``Recipe``, the same as a dict, or the path of its YAML file.
+      output: Where the merged params are written: an Orbax checkpoint, or a safetensors file if the
+        name ends with ``.safetensors``. Beside the arrays there is a manifest: the recipe, the
+        versions, and the digest of every leaf, of the output and of the inputs.
+      force: Whether to replace what is there.
+      chunk_bytes: How many bytes a group of leaves reads. A few groups are in memory at a time; a
+        leaf is never split.
+      progress: Called with the bytes done and the bytes to do.
+
+    Returns:
+      A ``Merged``.
+
+    Raises:
+      FileExistsError: if there is something at ``output``.
+      ValueError: if anything is wrong with the recipe or the inputs, with all that is wrong.
+        Nothing is written then.
+
+    Example:
+      >>> import tempfile
+      >>> from orbax.checkpoint import v1 as ocp
+      >>> folder = tempfile.mkdtemp()
+      >>> for name, value in (("a", 1.0), ("b", 3.0)):
+      ...     ocp.save(f"{folder}/{name}", {"w": jnp.full(2, value)})
+      >>> experts = {name: f"{folder}/{name}" for name in ("a", "b")}
+      >>> merge({"method": "average", "experts": experts}, f"{folder}/merged").leaves
+      1
+      >>> load(f"{folder}/merged")
+      {'w': Array([2., 2.], dtype=float32)}
+    """
+    start = time.monotonic()
+    recipe, output = Recipe.of(recipe), Path(output).absolute()
+    if output.exists() and not force:
+        raise FileExistsError(f"{output} exists; name another output, or replace it with force")
+    job = open_job(recipe)
+    for model in job.models.values():
+        source = model.checkpoint.path
+        if output == source or output in source.parents or source in output.parents:
+            job.problems.append(f"the output {output} would be in the place of {model.label}")
+    raise_problems(job)
+
+    staging = output.with_name(output.name + ".merging")
+    done = _resumed(staging, _identity(job), output)
+    total = sum(
+        job.stored_bytes(part, name) * (1 + passes(part)) + _bytes(job.merged_leaf(part, name))
+        for part in job.parts
+        for name in part.names
+    )
+    meter = _Meter(total, progress)
+    tasks = {
+        name: _Task(name, part, job.stored_bytes(part, name))
+        for part in job.parts
+        for name in part.names
+    }
+    units = [unit for unit in _units(job.reference.tree, set(tasks))]
+    left = [unit for unit in units if not all(name in done["leaves"] for name in unit)]
+    for unit in units:
+        for name in unit if unit not in left else ():
+            task = tasks[name]
+            meter.add(task.bytes + _bytes(job.merged_leaf(task.part, name)))
+    sink = (_SafetensorsSink if output.suffix == ".safetensors" else _OrbaxSink)(staging, job)
+    faults: list[str] = []
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        if left:
+            methods = {
+                id(part): _prepared(job, part, chunk_bytes, reader, meter) for part in job.parts
+            }
+            groups = _groups([[tasks[name] for name in unit] for unit in left], chunk_bytes)
+            written: Future[dict[str, str]] | None = None
+            reading = _ahead(reader, lambda group: _read(job, group, meter), groups)
+            for group, arrays in reading:
+                found = [fault for task in group for fault in arrays.faults.get(task.name, [])]
+                merged = {} if found else _merged(job, group, arrays, methods, found)
+                faults += found
+                if written is not None:
+                    done["leaves"] |= written.result()
+                    written = None
+                _note_inputs(done, arrays)
+                if not faults:
+                    # After a fault the rest is read for more faults only.
+                    written = writer.submit(sink.write, merged, arrays.digests, meter)
+            if written is not None:
+                done["leaves"] |= written.result()
+    if faults:
+        sink.close()
+        shutil.rmtree(staging)
+        raise problem_error("Cannot merge,", list(dict.fromkeys(faults)))
+    resumed = [name for unit in units if unit not in left for name in unit]
+    _commit(job, sink, staging, output, done, resumed)
+    written_bytes = sum(_bytes(job.merged_leaf(t.part, t.name)) for t in tasks.values())
+    return Merged(
+        output,
+        len(tasks),
+        len(resumed),
+        meter.done - written_bytes,
+        written_bytes,
+        time.monotonic() - start,
+    )
+
+
+def load(path: Path | str, *, item: str | None = None, params: str | None = None) -> Any:
+    """Loads the params of a checkpoint as a merge sees them, into memory.
+
+    Args:
+      path: An Orbax checkpoint, a safetensors file, or a folder of those.
+      item: The name of the tree, in an Orbax checkpoint that has several.
+      params: The path of the params in the tree; by default they are searched for.
+
+    Returns:
+      A tree of dicts and lists. The names of safetensors are split at their dots.
+
+    Raises:
+      ValueError: if there is nothing that can be read.
+
+    Example:
+      >>> import tempfile
+      >>> from orbax.checkpoint import v1 as ocp
+      >>> folder = tempfile.mkdtemp()
+      >>> ocp.save(f"{folder}/state", {"params": {"w": jnp.ones(2)}, "step": jnp.array(3)})
+      >>> load(f"{folder}/state")
+      {'w': Array([1., 1.], dtype=float32)}
+    """
+    from ._source import open_model
+
+    checkpoint = open_checkpoint(Path(path), item)
+    model = open_model(str(path), checkpoint, params)
+    arrays = checkpoint.read(list(model.stored.values()))
+    return jax.tree.map(lambda name: jnp.asarray(arrays[model.stored[name]]), model.tree)
+
+
+class _Meter:
+    """Counts bytes for whoever wants to know."""
+
+    def __init__(self, total: int, progress: Progress | None):
+        self.done, self.total, self._progress = 0, total, progress
+
+    def add(self, count: int) -> None:
+        self.done += count
+        if self._progress is not None:
+            self._progress(self.done, self.total)
+
+
+class _OrbaxSink:
+    """Parts of an Orbax checkpoint, each written as a whole, with the digests of its leaves."""
+
+    def __init__(self, staging: Path, job: Job):
+        self.path = staging / "checkpoint"
+        self._tree = job.reference.tree
+
+    def write(
+        self, arrays: dict[str, jax.Array], inputs: dict[str, dict[str, str]], meter: _Meter
+    ) -> dict[str, str]:
+        digests = {name: digest(array) for name, array in arrays.items()}
+        first = not _orbax.is_partial(self.path)
+        tree = _pruned(self._tree, arrays, empty=first)
+        _orbax.save_part(self.path, tree, {"leaves": digests, "inputs": inputs})
+        meter.add(sum(x.nbytes for x in arrays.values()))
+        return digests
+
+    def finish(self, digests: Mapping[str, str], resumed: list[str]) -> list[str]:
+        if not self.path.exists():
+            _orbax.finalize(self.path)
+        return differing(open_checkpoint(self.path), {name: digests[name] for name in resumed})
+
+    def close(self) -> None:
+        pass
+
+
+class _SafetensorsSink:
+    """A safetensors file."""
+
+    def __init__(self, staging: Path, job: Job):
+        self.path = staging / "model.safetensors"
+        leaves = {
+            name.replace("/", "."): job.merged_leaf(part, name)
+            for part in job.parts
+            for name in part.names
+        }
+        about = {"format": "flax", "merged_by": "optax_moma"}
+        self._writer = _safetensors.Writer(self.path, leaves, about)
+
+    def write(
+        self, arrays: dict[str, jax.Array], inputs: dict[str, dict[str, str]], meter: _Meter
+    ) -> dict[str, str]:
+        self._writer.write({name.replace("/", "."): x for name, x in arrays.items()})
+        meter.add(sum(x.nbytes for x in arrays.values()))
+        return {name: digest(array) for name, array in arrays.items()}
+
+    def finish(self, digests: Mapping[str, str], resumed: list[str]) -> list[str]:
+        self._writer.close()
+        return []
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _resumed(staging: Path, identity: str, output: Path) -> dict[str, Any]:
+    """Returns what an interrupted run has safely written; clears away what is of no use."""
+    note, replaced = staging / "identity", staging / "replaced"
+    if replaced.exists() and not output.exists():
+        replaced.rename(output)
+    done: dict[str, Any] = {"leaves": {}, "inputs": {}}
+    notes = None
+    if note.exists() and note.read_text() == identity:
+        notes = _orbax.saved_parts(staging / "checkpoint")
+    if notes is None:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        note.write_text(identity)
+    for saved in notes or ():
+        done["leaves"] |= saved["leaves"]
+        for label, digests in saved["inputs"].items():
+            done["inputs"].setdefault(label, {}).update(digests)
+    return done
+
+
+def _identity(job: Job) -> str:
+    """Returns what must not change between the runs of one merge: recipe, inputs, versions."""
+    inputs = {}
+    checkpoints = [model.checkpoint for model in job.models.values()]
+    for checkpoint in (*checkpoints, *(v.checkpoint for v in job.curvature.values())):
+        files = [checkpoint.path] if checkpoint.path.is_file() else checkpoint.path.rglob("*")
+        stats = sorted((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
+        inputs[str(checkpoint.path)] = stats
+    text = json.dumps([job.recipe.model_dump(mode="json"), inputs, _versions()])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    names = ("jax", "jaxlib", "numpy", "orbax-checkpoint", "optax-moma")
+    installed = {d.metadata["Name"].lower().replace("_", "-") for d in importlib.metadata.distributions()}
+    return {name: importlib.metadata.version(name) for name in names if name in installed}
+
+
+def _commit(
+    job: Job,
+    sink: _OrbaxSink | _SafetensorsSink,
+    staging: Path,
+    output: Path,
+    done: dict[str, Any],
+    resumed: list[str],
+) -> None:
+    """Makes the checkpoint whole, and moves it to its place in one step."""
+    damaged = sink.finish(done["leaves"], resumed)
+    if damaged:
+        shutil.rmtree(staging)
+        raise ValueError(
+            f"What an interrupted run had written is damaged ({damaged[0]}). It was cleared away: "
+            "merge again."
+        )
+    is_file = output.suffix == ".safetensors"
+    manifest = manifest_path(sink.path) if not is_file else staging / "manifest.json"
+    relabelled = {
+        stored: done["leaves"][name]
+        for name, stored in _output_names(job).items()
+        if name in done["leaves"]
+    }
+    content = {
+        "recipe": job.recipe.model_dump(mode="json", by_alias=True),
+        "versions": _versions(),
+        "leaves": relabelled,
+        "inputs": done["inputs"],
+    }
+    if is_file:
+        named = staging / output.name
+        sink.path.rename(named)
+        write_manifest(named, manifest, content)
+        os.replace(manifest, manifest_path(output))
+        os.replace(named, output)
+    else:
+        write_manifest(sink.path, manifest, content)
+        if output.exists():
+            output.rename(staging / "replaced")
+        sink.path.rename(output)
+    shutil.rmtree(staging)
+
+
+def _output_names(job: Job) -> dict[str, str]:
+    """Returns the names of the leaves in the written checkpoint by leaf path."""
+    keys, _ = jax.tree_util.tree_flatten_with_path(job.reference.tree)
+    from .._tree import path_name
+
+    return {name: path_name(path) for path, name in keys}
+
+
+def _note_inputs(done: dict[str, Any], arrays: _Read) -> None:
+    for label, digests in arrays.digests.items():
+        done["inputs"].setdefault(label, {}).update(digests)
+
+
+def _units(tree: Any, names: set[str]) -> Iterator[list[str]]:
+    """Gives the leaves that must be written together: Orbax cannot add to a list, so all of it."""
+    if isinstance(tree, dict):
+        for child in tree.values():
+            yield from _units(child, names)
+    else:
+        unit = [name for name in jax.tree.leaves(tree) if name in names]
+        if unit:
+            yield unit
+
+
+def _groups(units: list[list[_Task]], chunk_bytes: int) -> Iterator[list[_Task]]:
+    group: list[_Task] = []
+    for unit in units:
+        size = sum(task.bytes for task in group)
+        if group and size + sum(task.bytes for task in unit) > chunk_bytes:
+            yield group
+            group = []
+        group = [*group, *unit]
+    if group:
+        yield group
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, work: Callable[[Any], Any], items: Iterator[Any]
+) -> Iterator[tuple[Any, Any]]:
+    """Gives items with the results of work that is done one item ahead."""
+    pending: tuple[Any, Future[Any]] | None = None
+    for item in items:
+        following = item, pool.submit(work, item)
+        if pending is not None:
+            yield pending[0], pending[1].result()
+        pending = following
+    if pending is not None:
+        yield pending[0], pending[1].result()
+
+
+def _read(job: Job, group: list[_Task], meter: _Meter) -> _Read:
+    """Reads a group's leaves from every model, and compares them with the models' manifests."""
+    result = _Read({}, {}, {}, {})
+    for label, model in job.models.items():
+        names = [task.name for task in group if label in job.read_from(task.part)]
+        arrays = _leaves_of(model.checkpoint, [model.stored[n] for n in names], model.label, result)
+        result.models[label] = {n: arrays[model.stored[n]] for n in names if model.stored[n] in arrays}
+        result.digests[label] = {n: digest(x) for n, x in result.models[label].items()}
+        for name, found in result.digests[label].items():
+            if model.checkpoint.digests.get(model.stored[name], found) != found:
+                result.faults.setdefault(name, []).append(
+                    f"{model.label}, {name}: the bytes differ from the manifest of "
+                    f"{model.checkpoint.path}; the checkpoint is damaged"
+                )
+    for expert, v in job.curvature.items():
+        names = [t.name for t in group if job.needs_curvature(t.part, t.name)]
+        needs = dict.fromkeys(s for n in names if n in v.needs for s in v.needs[n].names)
+        label = f"the curvature of expert {expert!r}"
+        arrays = _leaves_of(v.checkpoint, list(needs), label, result)
+        result.digests[f"{expert} (curvature)"] = {n: digest(x) for n, x in arrays.items()}
+        if len(arrays) < len(needs):
+            continue
+        result.curvature[expert] = {
+            name: v.assembled(name, job.experts[expert].leaves[name], arrays) for name in names
+        }
+    meter.add(sum(task.bytes for task in group))
+    return result
+
+
+def _leaves_of(
+    checkpoint: Checkpoint, names: list[str], label: str, result: _Read
+) -> dict[str, np.ndarray]:
+    try:
+        return checkpoint.read(names)
+    except ValueError as error:
+        result.faults.setdefault("", []).append(f"{label}: {error}")
+        return {}
+
+
+def _merged(
+    job: Job, group: list[_Task], arrays: _Read, methods: dict[int, Any], faults: list[str]
+) -> dict[str, jax.Array]:
+    """Merges the leaves of a group one by one; notes what is wrong with them."""
+    faults += arrays.faults.get("", [])
+    if faults:
+        return {}
+    merged = {}
+    for name, part, _ in group:
+        models = {label: leaves[name] for label, leaves in arrays.models.items() if name in leaves}
+        like = job.merged_leaf(part, name)
+        try:
+            if part.keep is not None:
+                leaf = _kept(job, part.keep, name, models[part.keep])
+            else:
+                leaf = _merge_leaf(job, part, methods[id(part)], name, models, arrays, like)
+        except ValueError as error:
+            faults += problems_of(error)
+            continue
+        merged[name] = leaf.astype(like.dtype)
+    return {name: jax.block_until_ready(leaf) for name, leaf in merged.items()}
+
+
+def _merge_leaf(
+    job: Job,
+    part: Part,
+    method: Any,
+    name: str,
+    models: dict[str, np.ndarray],
+    arrays: _Read,
+    like: Abstract,
+) -> jax.Array:
+    base, experts, curvature = _one_leaf(job, part, name, models, arrays, like)
+    found = merging.merge(
+        method,
+        {expert: {name: x} for expert, x in experts.items()},
+        base=None if base is None else {name: base},
+        curvature=None if curvature is None else {e: {name: v} for e, v in curvature.items()},
+        weights=part.weights,
+        key=key_of(job.recipe),
+    )
+    return found[name]
+
+
+def _one_leaf(
+    job: Job, part: Part, name: str, models: dict[str, Any], arrays: _Read, like: Abstract
+) -> tuple[Any, dict[str, Any], dict[str, Any] | None]:
+    """Returns base, experts and curvature of one leaf, as ``merge`` takes them."""
+    experts = {expert: models[expert] for expert in job.experts}
+    base = models.get("base")
+    if output_dtype(job.recipe) is not None and is_float(like):
+        # The merge is rounded to the dtype of the base, so a wider base delays the rounding.
+        first = next(iter(experts)) if base is None else None
+        wide = jnp.promote_types(like.dtype, jnp.float32)
+        if first is None:
+            base = jnp.asarray(base).astype(jnp.promote_types(wide, base.dtype))
+        else:
+            x = jnp.asarray(experts[first])
+            experts[first] = x.astype(jnp.promote_types(wide, x.dtype))
+    curvature = None
+    if part.method is not None and part.method.contract.curvature:
+        curvature = {e: arrays.curvature.get(e, {}).get(name) for e in job.experts}
+    return base, experts, curvature
+
+
+def _kept(job: Job, keep: str, name: str, leaf: np.ndarray) -> jax.Array:
+    x = jnp.asarray(leaf)
+    if is_float(x) and not bool(jnp.all(jnp.isfinite(x))):
+        count = int(jnp.sum(~jnp.isfinite(x)))
+        raise ValueError(f"{job.models[keep].label}, {name}: {count} values that are not finite")
+    return x
+
+
+def _prepared(
+    job: Job, part: Part, chunk_bytes: int, reader: ThreadPoolExecutor, meter: _Meter
+) -> Any:
+    """Returns a part's method after the passes over the leaves that it asks for."""
+    if part.method is None or not passes(part):
+        return part.method
+    averaged = [n for n in part.names if is_float(job.reference.leaves[n])]
+    tasks = [[_Task(n, part, job.stored_bytes(part, n))] for n in averaged]
+    names = sorted(job.experts)
+    ids = np.array([stable_id(expert) for expert in names])
+    weights = np.array([part.weights[expert] for expert in names])
+
+    def leaves() -> Iterator[LeafInputs]:
+        groups = _groups(tasks, chunk_bytes)
+        for group, arrays in _ahead(reader, lambda group: _read(job, group, meter), groups):
+            if any(arrays.faults.values()):
+                raise problem_error("Cannot merge,", [f for v in arrays.faults.values() for f in v])
+            for name, _, _ in group:
+                models = {label: found[name] for label, found in arrays.models.items()}
+                like = job.merged_leaf(part, name)
+                base, experts, curvature = _one_leaf(job, part, name, models, arrays, like)
+                yield LeafInputs(
+                    experts=tuple(experts[expert] for expert in names),
+                    base=base,
+                    curvature=curvature and tuple(curvature[expert] for expert in names),
+                    weights=weights,
+                    key=key_of(job.recipe),
+                    path_id=stable_id(name),
+                    expert_ids=ids,
+                )
+
+    return prepared(part.method, leaves)
+
+
+_NOTHING = object()
+
+
+def _pruned(tree: Any, arrays: Mapping[str, Any], *, empty: bool) -> Any:
+    """Returns the part of a tree of leaf paths for which there are arrays, as they are saved."""
+    if isinstance(tree, dict):
+        found = {key: _pruned(child, arrays, empty=empty) for key, child in tree.items()}
+        found = {key: child for key, child in found.items() if child is not _NOTHING}
+        return found if found or (empty and not tree) else _NOTHING
+    if isinstance(tree, list):
+        children = [_pruned(child, arrays, empty=True) for child in tree]
+        if not any(name in arrays for name in jax.tree.leaves(tree)):
+            return children if empty and not jax.tree.leaves(tree) else _NOTHING
+        return [None if child is _NOTHING else child for child in children]
+    if tree is None:
+        return None if empty else _NOTHING
+    return arrays.get(tree, _NOTHING)
+
+
+def _bytes(leaf: Abstract) -> int:
+    return int(np.prod(leaf.shape, dtype=np.int64)) * np.dtype(leaf.dtype).itemsize

@@ -1,0 +1,510 @@
+"""What a merge would do and what would go wrong, found out before any work."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from ..merging import Step
+from ..merging._inputs import checked_inputs, is_float
+from . import _source
+from ._recipe import (
+    Recipe,
+    build_method,
+    glob_matches,
+    interpolated,
+    key_of,
+    output_dtype,
+    problem_error,
+)
+from ._source import Abstract, CurvatureOf, Model
+
+CHUNK_BYTES = 128 << 20
+
+
+class Part(NamedTuple):
+    """Leaves that are merged alike.
+
+    Attributes:
+      rule: The index of the rule that they fall under, or None.
+      method: How they are merged, or None.
+      keep: The model that they are copied from, if they are not merged.
+      weights: The experts' weights.
+      names: Their paths.
+    """
+
+    rule: int | None
+    method: Step | None
+    keep: str | None
+    weights: dict[str, float]
+    names: list[str]
+
+
+@dataclass
+class Job:
+    """A recipe with everything that it names opened, and all that is wrong with it.
+
+    Attributes:
+      recipe: The recipe.
+      base: The base, or None.
+      experts: The experts by name.
+      curvature: What is known of the experts' curvature, by name, where a method needs it.
+      parts: The leaves by how they are merged.
+      ignored: The paths of leaves that are left out.
+      problems: What makes the merge impossible.
+      warnings: What makes it doubtful.
+    """
+
+    recipe: Recipe
+    base: Model | None = None
+    experts: dict[str, Model] = field(default_factory=dict)
+    curvature: dict[str, CurvatureOf] = field(default_factory=dict)
+    parts: list[Part] = field(default_factory=list)
+    ignored: set[str] = field(default_factory=set)
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def models(self) -> dict[str, Model]:
+        """All models, the base among them."""
+        return ({} if self.base is None else {"base": self.base}) | self.experts
+
+    @property
+    def reference(self) -> Model:
+        """The model whose structure the merged one has."""
+        return self.base or next(iter(self.experts.values()))
+
+    def read_from(self, part: Part) -> dict[str, Model]:
+        """Returns the models that a part's leaves are read from."""
+        return self.models if part.keep is None else {part.keep: self.models[part.keep]}
+
+    def needs_curvature(self, part: Part, name: str) -> bool:
+        """Whether a leaf is merged by its curvature."""
+        leaf = self.reference.leaves[name]
+        return part.method is not None and part.method.contract.curvature and is_float(leaf)
+
+    def stored_bytes(self, part: Part, name: str) -> int:
+        """Returns how many bytes are read for a leaf."""
+        models = self.read_from(part).values()
+        total = sum(_bytes(model.leaves[name]) for model in models)
+        if self.needs_curvature(part, name):
+            for v in self.curvature.values():
+                if name in v.needs:
+                    total += sum(_bytes(v.checkpoint.leaves[n]) for n in v.needs[name].names)
+        return total
+
+    def merged_leaf(self, part: Part, name: str) -> Abstract:
+        """Returns the shape and dtype of a merged leaf."""
+        models = self.read_from(part)
+        first = models.get("base") or next(iter(models.values()))
+        leaf = first.leaves[name]
+        if not is_float(leaf):
+            return leaf
+        like = leaf.dtype
+        if "base" not in models:
+            like = jnp.result_type(*(model.leaves[name].dtype for model in models.values()))
+        return Abstract(leaf.shape, output_dtype(self.recipe) or like)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a merge would do.
+
+    Attributes:
+      problems: What makes it impossible; empty if it can start.
+      warnings: What makes it doubtful.
+      leaves: How many leaves the merged model has.
+      parameters: How many numbers.
+      read_bytes: How much is read.
+      write_bytes: How much is written, before compression.
+      passes: How often the inputs are read.
+      peak_bytes: The memory of this process that the merge is predicted to need at most.
+      rules: For each rule its globs and how many leaves fall under it; last, under "(no rule)",
+        the leaves that no rule matches.
+      coverage: For each expert, how many of the leaves that need a curvature have one, and how many
+        need one.
+    """
+
+    problems: list[str]
+    warnings: list[str]
+    leaves: int
+    parameters: int
+    read_bytes: int
+    write_bytes: int
+    passes: int
+    peak_bytes: int
+    rules: list[tuple[str, int]]
+    coverage: dict[str, tuple[int, int]]
+
+
+def plan(
+    recipe: Recipe | Mapping[str, Any] | Path | str, *, chunk_bytes: int = CHUNK_BYTES
+) -> Plan:
+    """Finds out what a merge would do, and everything that is wrong, from metadata.
+
+    Of the arrays themselves it reads a few megabytes at most: of a base and the experts a matrix or
+    two, to see whether the experts were fine-tuned from that base.
+
+    Args:
+      recipe: A ``Recipe``, the same as a dict, or the path of its YAML file.
+      chunk_bytes: As for ``merge``; the predicted memory depends on it.
+
+    Returns:
+      A ``Plan``. If its ``problems`` are empty, the merge can start.
+
+    Raises:
+      ValueError: if the recipe is not as its schema says.
+
+    Example:
+      >>> import jax.numpy as jnp, tempfile
+      >>> from orbax.checkpoint import v1 as ocp
+      >>> folder = tempfile.mkdtemp()
+      >>> for name in ("a", "b"):
+      ...     ocp.save(f"{folder}/{name}", {"w": jnp.ones((2, 3))})
+      >>> experts = {name: f"{folder}/{name}" for name in ("a", "b")}
+      >>> found = plan({"method": "average", "experts": experts})
+      >>> found.problems, found.leaves, found.read_bytes, found.write_bytes
+      ([], 1, 48, 24)
+    """
+    job = open_job(Recipe.of(recipe))
+    if not job.experts or (not job.parts and job.problems):
+        return Plan(job.problems, job.warnings, 0, 0, 0, 0, 0, 0, [], {})
+    read = write = parameters = leaves = 0
+    fits = not job.problems
+    for part in job.parts:
+        for name in part.names:
+            leaves += 1
+            parameters += int(np.prod(job.reference.leaves[name].shape, dtype=np.int64))
+            if fits:
+                write += _bytes(job.merged_leaf(part, name))
+                read += job.stored_bytes(part, name) * (1 + passes(part))
+    matched = {part.rule: 0 for part in job.parts}
+    for part in job.parts:
+        matched[part.rule] += len(part.names)
+    rules = [
+        ("else" if rule.otherwise is not None else ", ".join(rule.globs), matched.get(i, 0))
+        for i, rule in enumerate(job.recipe.rules)
+    ]
+    return Plan(
+        problems=job.problems,
+        warnings=job.warnings,
+        leaves=leaves,
+        parameters=parameters,
+        read_bytes=read,
+        write_bytes=write,
+        passes=1 + max(map(passes, job.parts), default=0),
+        peak_bytes=_peak_bytes(job, chunk_bytes) if fits else 0,
+        rules=[*rules, ("(no rule)", matched.get(None, 0))],
+        coverage=_coverage(job),
+    )
+
+
+def open_job(recipe: Recipe) -> Job:
+    """Opens all that a recipe names, and collects what is wrong in ``problems``."""
+    job = Job(recipe)
+    if recipe.base is not None:
+        job.base = _opened(job, "the base", recipe.base)
+    for name, expert in recipe.experts.items():
+        model = _opened(job, f"expert {name!r}", expert)
+        if model is not None:
+            job.experts[name] = model
+    if job.problems:
+        return job
+    names = list(job.reference.leaves)
+    everywhere = list(dict.fromkeys(n for m in job.models.values() for n in m.leaves))
+    for glob in recipe.ignore:
+        found = _matches(job, "ignore", [glob], everywhere)
+        job.ignored |= set(found)
+    names = [name for name in names if name not in job.ignored]
+    if not names:
+        job.problems.append("nothing to merge: the model has no leaves")
+    job.parts = _parts(job, names)
+    _compare_structures(job)
+    if job.problems:
+        return job
+    _open_curvature(job)
+    problems = [p for part in job.parts for p in _part_problems(job, part)]
+    job.problems += dict.fromkeys(problems)
+    if not job.problems:
+        _check_base(job)
+    return job
+
+
+def passes(part: Part) -> int:
+    """Returns how many passes a part needs before the merge."""
+    return 0 if part.method is None else part.method.contract.passes
+
+
+def problems_of(error: ValueError) -> list[str]:
+    """Returns the single problems that an error of the merging functions lists."""
+    first, *rest = str(error).split("\n- ")
+    return rest or [first]
+
+
+def raise_problems(job: Job) -> None:
+    """Raises if anything is wrong."""
+    if job.problems:
+        raise problem_error("Cannot merge,", job.problems)
+
+
+def _opened(job: Job, label: str, source: Any) -> Model | None:
+    try:
+        checkpoint = _source.open_checkpoint(
+            job.recipe.where(source.path), source.item, source.step
+        )
+        return _source.open_model(label, checkpoint, source.params)
+    except ValueError as error:
+        job.problems.append(f"{label}: {error}")
+        return None
+
+
+def _matches(job: Job, what: str, globs: list[str], names: list[str]) -> list[str]:
+    try:
+        found = glob_matches(globs, names)
+    except (ValueError, re.error) as error:
+        job.problems.append(f"{what}: {error}")
+        return []
+    if not found:
+        near = _closest(globs[0], names)
+        job.problems.append(
+            f"{what}: {', '.join(globs)} matches none of {len(names)} leaves; the closest path is "
+            f"{near}"
+        )
+    return found
+
+
+def _closest(glob: str, names: list[str]) -> str:
+    """Returns the path that shares most with a glob."""
+    import difflib
+
+    plain = re.sub(r"[*?{}]", "", glob)
+    score = lambda name: difflib.SequenceMatcher(None, plain, name, autojunk=False).ratio()  # noqa: E731
+    return max(names, key=score, default="")
+
+
+def _parts(job: Job, names: list[str]) -> list[Part]:
+    """Sorts the leaves by the first rule that matches them."""
+    recipe = job.recipe
+    plain = {name: expert.weight for name, expert in recipe.experts.items()}
+    left, parts = list(names), []
+    for i, rule in enumerate(recipe.rules):
+        if rule.otherwise is not None:
+            found = left
+        else:
+            all_matched = _matches(job, f"rule {i}", rule.globs, names)
+            remaining = set(left)
+            found = [name for name in all_matched if name in remaining]
+            if all_matched and not found:
+                job.problems.append(
+                    f"rule {i}: every leaf that {', '.join(rule.globs)} matches falls under an "
+                    "earlier rule; put the narrower rule first"
+                )
+        taken = set(found)
+        left = [name for name in left if name not in taken]
+        if not found:
+            continue
+        keep = "base" if rule.otherwise == "base" else rule.keep
+        if keep is not None:
+            parts.append(Part(i, None, keep, plain, found))
+            continue
+        spec = rule.method if rule.method is not None else rule.otherwise
+        spec = recipe.method if spec is None else spec
+        lists = [v for v in (*rule.values.values(), *rule.weights.values()) if isinstance(v, list)]
+        for position, group in _by_layer(job, i, found, bool(lists)):
+            at = lambda v: interpolated(v, position) if isinstance(v, list) else v  # noqa: B023, E731
+            try:
+                method = build_method(spec, {k: at(v) for k, v in rule.values.items()})
+            except ValueError as error:
+                job.problems.append(f"rule {i}: {error}")
+                break
+            weights = plain | {k: at(v) for k, v in rule.weights.items()}
+            parts.append(Part(i, method, None, weights, group))
+    if left:
+        parts.append(Part(None, build_method(recipe.method, {}), None, plain, left))
+    return parts
+
+
+def _by_layer(
+    job: Job, rule: int, names: list[str], gradient: bool
+) -> list[tuple[float, list[str]]]:
+    """Returns leaves with the position of their layer among all, from 0 to 1."""
+    if not gradient:
+        return [(0.0, names)]
+    layers: dict[int, list[str]] = {}
+    for name in names:
+        number = re.search(r"\d+", name)
+        if number is None:
+            job.problems.append(
+                f"rule {rule}: a list of values is a gradient over layers, but {name} has no number"
+            )
+            return []
+        layers.setdefault(int(number[0]), []).append(name)
+    last = max(len(layers) - 1, 1)
+    return [(i / last, layers[layer]) for i, layer in enumerate(sorted(layers))]
+
+
+def _compare_structures(job: Job) -> None:
+    """Notes leaves that are missing, or left over, or not arrays."""
+    reference = job.reference
+    for part in job.parts:
+        for model in job.read_from(part).values():
+            missing = [name for name in part.names if name not in model.leaves]
+            if missing:
+                extra = [n for n in model.leaves if n not in reference.leaves]
+                has = f"; it has {_listed(extra)}" if extra else ""
+                job.problems.append(
+                    f"{model.label} lacks leaves that {reference.label} has: {_listed(missing)}"
+                    f"{has}; copy them with a rule keep: base, or leave them out with ignore:"
+                )
+            for name in part.names:
+                leaf = model.leaves.get(name)
+                if leaf is not None and not isinstance(leaf, Abstract):
+                    job.problems.append(
+                        f"{model.label}, {name}: a {type(leaf).__name__} is no array; leave it out "
+                        "with ignore:"
+                    )
+    for model in job.models.values():
+        extra = [n for n in model.leaves if n not in reference.leaves and n not in job.ignored]
+        if extra:
+            job.problems.append(
+                f"{model.label} has leaves that {reference.label} lacks: {_listed(extra)}; leave "
+                "them out with ignore:"
+            )
+
+
+def _open_curvature(job: Job) -> None:
+    if not any(part.method and part.method.contract.curvature for part in job.parts):
+        return
+    for name, expert in job.recipe.experts.items():
+        model, source = job.experts[name], expert.curvature
+        try:
+            checkpoint = model.checkpoint
+            if source and source.path:
+                where = job.recipe.where(source.path)
+                checkpoint = _source.open_checkpoint(where, source.item, source.step)
+            elif checkpoint.tensors is not None:
+                raise ValueError(
+                    "a safetensors checkpoint holds no optimizer state; name a file that "
+                    "export-curvature wrote with curvature: {path: ...}"
+                )
+            job.curvature[name] = (
+                _source.open_curvature(checkpoint, source.tree, source.b2, source.missing)
+                if source
+                else _source.open_curvature(checkpoint, None, 0.999, None)
+            )
+        except ValueError as error:
+            job.problems.append(f"the curvature of {model.label}: {error}")
+
+
+def _part_problems(job: Job, part: Part) -> list[str]:
+    """Lets the merge itself look at the shapes of a part."""
+    if part.method is None:
+        return []
+    problems: list[str] = []
+    contract = part.method.contract
+    curvature = None
+    if contract.curvature and len(job.curvature) == len(job.experts):
+        curvature = {}
+        for expert, v in job.curvature.items():
+            needing = [n for n in part.names if job.needs_curvature(part, n)]
+            curvature[expert] = dict.fromkeys(part.names)
+            uncovered = [n for n in needing if n not in v.needs and v.missing is None]
+            if uncovered and not contract.gram:
+                problems.append(
+                    f"expert {expert!r} has no curvature for {_listed(uncovered)}; if these leaves "
+                    "were frozen, give them one with curvature: {missing: 0.0}"
+                )
+            for name in needing:
+                leaf = job.experts[expert].leaves[name]
+                if name in uncovered and not contract.gram:
+                    curvature[expert][name] = Abstract(leaf.shape, jnp.float32)
+                    continue
+                try:
+                    curvature[expert][name] = v.abstract(name, leaf)
+                except ValueError as error:
+                    problems.append(f"the curvature of expert {expert!r}: {error}")
+                    curvature[expert][name] = Abstract(leaf.shape, jnp.float32)
+    elif contract.curvature:
+        return []  # Noted when it was looked for.
+    trees = {
+        name: {n: model.leaves[n] for n in part.names} for name, model in job.experts.items()
+    }
+    base = None if job.base is None else {n: job.base.leaves[n] for n in part.names}
+    try:
+        checked_inputs(contract, trees, base, curvature, part.weights, key_of(job.recipe))
+    except ValueError as error:
+        problems += problems_of(error)
+    return problems
+
+
+def _check_base(job: Job) -> None:
+    """Reads a matrix or two, and sees whether the experts descend from the base.
+
+    Weights of one origin have a cosine near one, of two origins near zero. If some models agree and
+    others do not, a base was mistaken; if none agree, they may as well be noise, which is only told.
+    """
+    if job.base is None or not job.recipe.check_base:
+        return
+    merged = [n for p in job.parts if p.method and p.method.contract.base for n in p.names]
+    shapes = job.base.leaves
+    matrices = [n for n in merged if len(shapes[n].shape) >= 2 and is_float(shapes[n])]
+    fitting = [n for n in matrices if 256 <= np.prod(shapes[n].shape) and _bytes(shapes[n]) < 8e6]
+    sample = sorted(fitting, key=lambda n: _bytes(shapes[n]))[-1:]
+    if not sample:
+        return
+    vectors = {}
+    for name, model in job.models.items():
+        try:
+            arrays = model.checkpoint.read([model.stored[n] for n in sample])
+        except ValueError as error:
+            job.problems.append(f"{model.label}: {error}")
+            return
+        vectors[name] = np.concatenate([np.asarray(x, np.float32).ravel() for x in arrays.values()])
+    base = vectors.pop("base")
+    strangers = [name for name, x in vectors.items() if _cosine(x, base) < 0.5]
+    if not strangers:
+        return
+    first = vectors[strangers[0]]
+    kin = len(strangers) > 1 and all(_cosine(first, vectors[n]) > 0.9 for n in strangers[1:])
+    what = (
+        f"{', '.join(f'expert {n!r}' for n in strangers)}: not fine-tuned from this base, the cosine "
+        f"of {sample[0]} is {_cosine(first, base):.2f}"
+    )
+    if kin or len(strangers) < len(vectors):
+        job.problems.append(what + "; name the right base:, or check_base: false if you are sure")
+    elif np.isfinite(_cosine(first, base)):
+        job.warnings.append(what)
+
+
+def _cosine(x: np.ndarray, y: np.ndarray) -> float:
+    scale = float(np.linalg.norm(x)) * float(np.linalg.norm(y))
+    return float(np.vdot(x, y)) / scale if scale > 0 else 1.0
+
+
+def _coverage(job: Job) -> dict[str, tuple[int, int]]:
+    wanted = [n for p in job.parts for n in p.names if job.needs_curvature(p, n)]
+    return {
+        name: (sum(n in v.needs for n in wanted), len(wanted)) for name, v in job.curvature.items()
+    }
+
+
+# What Orbax's read and write keep of a group beside its arrays, found by measuring.
+_ORBAX_COPIES = 1.0
+
+
+def _peak_bytes(job: Job, chunk_bytes: int) -> int:
+    """Predicts the peak memory of this process from the largest group of leaves."""
+    return 0
+
+
+def _listed(names: list[str], most: int = 10) -> str:
+    more = f", and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _bytes(leaf: Abstract) -> int:
+    return int(np.prod(leaf.shape, dtype=np.int64)) * np.dtype(leaf.dtype).itemsize

@@ -1,0 +1,150 @@
+"""Safetensors files: how models reach and leave the world of PyTorch.
+
+A file is the length of its header (8 bytes), the header (JSON: dtype, shape and place of every
+tensor) and the tensors' bytes, little-endian, row by row. Names such as ``layers.0.kernel`` are
+paths ``layers/0/kernel`` here. Kernels are left as they are: PyTorch's linear layers keep the
+transpose of Flax's.
+
+Source: the format's description, https://huggingface.co/docs/safetensors.
+"""
+
+import json
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": jnp.bfloat16,
+    "F8_E4M3": jnp.float8_e4m3fn,
+    "F8_E5M2": jnp.float8_e5m2,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+_CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
+
+
+class Tensor(NamedTuple):
+    """Where a tensor lies: its file, dtype, shape, and first byte."""
+
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+
+
+def files(path: Path) -> list[Path]:
+    """Returns the file, or the files of a folder of shards; none if there are no such files."""
+    if path.is_dir():
+        return sorted(path.glob("*.safetensors"))
+    return [path] if path.suffix == ".safetensors" and path.exists() else []
+
+
+def tensors(path: Path) -> dict[str, Tensor]:
+    """Returns the places of all tensors by name.
+
+    Raises:
+      ValueError: if a file is truncated or no safetensors file.
+    """
+    found: dict[str, Tensor] = {}
+    for file in files(path):
+        with file.open("rb") as stream:
+            header, start = _header(stream)
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            if name in found:
+                raise ValueError(f"{file.name} has a second tensor named {name}")
+            if entry["dtype"] not in _DTYPES:
+                raise ValueError(f"{file.name}: {name} has the unknown dtype {entry['dtype']}")
+            dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"])
+            first, last = entry["data_offsets"]
+            if last - first != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{file.name}: the size of {name} is not that of its shape")
+            if start + last > file.stat().st_size:
+                raise ValueError(f"{file.name} is truncated: it ends before {name} does")
+            found[name] = Tensor(file, dtype, shape, start + first)
+    return found
+
+
+def notes(path: Path) -> dict[str, str]:
+    """Returns the texts that a file's header carries beside its tensors."""
+    with path.open("rb") as stream:
+        return _header(stream)[0].get("__metadata__", {})
+
+
+def read(places: Mapping[str, Tensor], names: Collection[str]) -> dict[str, np.ndarray]:
+    """Reads tensors by name."""
+    result = {}
+    for name in names:
+        file, dtype, shape, start = places[name]
+        flat = np.fromfile(file, np.uint8, math.prod(shape) * dtype.itemsize, offset=start)
+        result[name] = flat.view(dtype).reshape(shape)
+    return result
+
+
+class Writer:
+    """Writes a file whose tensors come one at a time, in any order."""
+
+    def __init__(
+        self, path: Path, leaves: Mapping[str, jax.ShapeDtypeStruct], about: Mapping[str, str]
+    ):
+        """Writes the header.
+
+        Args:
+          path: The file.
+          leaves: Shape and dtype of every tensor by name.
+          about: Texts for the header.
+        """
+        header: dict[str, Any] = {"__metadata__": dict(about)}
+        self._places, end = {}, 0
+        for name, leaf in leaves.items():
+            first, end = end, end + math.prod(leaf.shape) * leaf.dtype.itemsize
+            header[name] = {
+                "dtype": _CODES[np.dtype(leaf.dtype)],
+                "shape": list(leaf.shape),
+                "data_offsets": [first, end],
+            }
+            self._places[name] = first
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._start = 8 + len(text)
+        self._file = path.open("wb")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.truncate(self._start + end)
+
+    def write(self, arrays: Mapping[str, Any]) -> None:
+        """Writes tensors by name."""
+        for name, array in arrays.items():
+            self._file.seek(self._start + self._places[name])
+            self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+    def close(self) -> None:
+        """Ends the file."""
+        self._file.close()
+
+
+def _header(stream: IO[bytes]) -> tuple[dict[str, Any], int]:
+    length = int.from_bytes(stream.read(8), "little")
+    if not 2 <= length <= 100_000_000:
+        raise ValueError(f"{stream.name} is no safetensors file")
+    text = stream.read(length)
+    if len(text) < length:
+        raise ValueError(f"{stream.name} is truncated")
+    header = json.loads(text)
+    if not isinstance(header, dict):
+        raise ValueError(f"{stream.name} is no safetensors file")
+    return header, 8 + length

@@ -1,0 +1,366 @@
+"""Where a merge reads from: checkpoints of either kind, the params in them, and their curvature."""
+
+import difflib
+import functools
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from .. import _curvature
+from .._moments import Factored
+from .._tree import named_leaves
+from . import _orbax, _safetensors
+
+Abstract = jax.ShapeDtypeStruct
+Step = int | Literal["latest"] | None
+
+# What a file of curvature says of itself in its header.
+CURVATURE_FORMAT = {"format": "optax_moma.curvature", "version": "1"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: nothing but its metadata was read.
+
+    Attributes:
+      path: Where it lies.
+      item: The name of its tree, if Orbax needs one.
+      tree: Dicts and lists, with an abstract array at each leaf.
+      tensors: The places of its tensors if it is safetensors, else None.
+    """
+
+    path: Path
+    item: str | None
+    tree: Any
+    tensors: Mapping[str, _safetensors.Tensor] | None
+
+    def read(self, names: Collection[str]) -> dict[str, np.ndarray]:
+        """Reads leaves by their names into the host's memory.
+
+        Raises:
+          ValueError: if the checkpoint is damaged.
+        """
+        if not names:
+            return {}
+        if self.tensors is not None:
+            return _safetensors.read(self.tensors, names)
+        try:
+            return _orbax.read(self.path, self.item, self.tree, names)
+        except (ValueError, OSError, RuntimeError) as error:
+            raise ValueError(f"{self.path} cannot be read: {_first_line(error)}") from error
+
+    @functools.cached_property
+    def leaves(self) -> dict[str, Any]:
+        """Abstract arrays by name."""
+        return dict(zip(*named_leaves(self.tree), strict=True))
+
+    @functools.cached_property
+    def digests(self) -> dict[str, str]:
+        """The sha256 of each leaf that the manifest in the checkpoint has, if it has one."""
+        file = manifest_path(self.path)
+        if not file.exists():
+            return {}
+        return json.loads(file.read_text()).get("leaves", {})
+
+
+def manifest_path(path: Path) -> Path:
+    """Returns where the manifest of a merged checkpoint lies: inside, or beside a file."""
+    if path.suffix == ".safetensors":
+        return path.with_name(path.name + ".manifest.json")
+    return path / "manifest.json"
+
+
+def open_checkpoint(path: Path, item: str | None = None, step: Step = None) -> Checkpoint:
+    """Opens an Orbax checkpoint of any version, or safetensors, by metadata alone.
+
+    Args:
+      path: A checkpoint; a folder of steps, as a CheckpointManager writes it; a safetensors file,
+        or a folder of them.
+      item: The name of the tree in an Orbax checkpoint that has several.
+      step: Which step of a folder of steps; "latest" for the last.
+
+    Raises:
+      ValueError: if there is nothing that can be read.
+    """
+    path = path.absolute()
+    if not path.exists():
+        near = _siblings_like(path)
+        raise ValueError(f"{path} does not exist" + (f"; there is {near}" if near else ""))
+    found = _orbax.steps(path)
+    if found or step is not None:
+        listed = ", ".join(map(str, sorted(found))) or "none"
+        if step is None:
+            raise ValueError(f"{path} has the steps {listed}; name one with step:")
+        number = max(found, default=None) if step == "latest" else step
+        if number not in found:
+            raise ValueError(f"{path} has no step {step}, it has {listed}")
+        path = found[number]
+    try:
+        if _safetensors.files(path):
+            tensors = _safetensors.tensors(path)
+            places = {_slashed(name): tensor for name, tensor in tensors.items()}
+            return Checkpoint(path, None, _nested(tensors), places)
+        tree = _orbax.metadata(path, item)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise ValueError(f"{path} cannot be read: {_first_line(error)}") from error
+    names, _ = named_leaves(tree)
+    if len(set(names)) < len(names):
+        raise ValueError(f"{path} has two leaves with one path, as a key contains a slash")
+    return Checkpoint(path, item, tree, None)
+
+
+class Model(NamedTuple):
+    """The params in a checkpoint.
+
+    Attributes:
+      label: How messages call it: "the base", "expert 'math'".
+      checkpoint: Where it lies.
+      tree: The params' part of the checkpoint's tree, with the leaf's path at each leaf.
+      leaves: Abstract arrays by leaf path.
+      stored: The leaves' names in the checkpoint by leaf path.
+    """
+
+    label: str
+    checkpoint: Checkpoint
+    tree: Any
+    leaves: dict[str, Abstract]
+    stored: dict[str, str]
+
+
+def open_model(label: str, checkpoint: Checkpoint, params: str | None) -> Model:
+    """Finds the params in a checkpoint.
+
+    Args:
+      label: How messages call the model.
+      checkpoint: The checkpoint.
+      params: Their path in the checkpoint, with slashes or dots. None: what is called "params",
+        or all of a checkpoint that has nothing of an optimizer.
+
+    Raises:
+      ValueError: if they are not found.
+    """
+    prefix = _found_params(checkpoint) if params is None else _split(checkpoint.tree, params)
+    tree = checkpoint.tree
+    for key in prefix:
+        tree = tree[int(key)] if isinstance(tree, list) else tree[key]
+    names, leaves = named_leaves(tree)
+    plain = without_value(names)
+    stored = ["/".join((*prefix, name)) if name else "/".join(prefix) for name in names]
+    return Model(
+        label,
+        checkpoint,
+        jax.tree.structure(tree).unflatten(plain),
+        dict(zip(plain, leaves, strict=True)),
+        dict(zip(plain, stored, strict=True)),
+    )
+
+
+def without_value(names: list[str]) -> list[str]:
+    """Returns paths without the last part ``value`` that every leaf of an NNX state has."""
+    if names and all(name.endswith("/value") for name in names):
+        return [name.removesuffix("/value") for name in names]
+    return names
+
+
+class Need(NamedTuple):
+    """What must be read for the curvature of one leaf.
+
+    Attributes:
+      kind: The optimizer's kind, or "file" for a file of curvature.
+      fields: The names in the checkpoint of the arrays of this leaf, by field.
+      scalars: The names in the checkpoint of the numbers that all leaves share, by field.
+    """
+
+    kind: str
+    fields: dict[str, str]
+    scalars: dict[str, str]
+
+    @property
+    def names(self) -> list[str]:
+        """All that must be read."""
+        return [*self.fields.values(), *self.scalars.values()]
+
+
+class CurvatureOf(NamedTuple):
+    """The curvature of one expert.
+
+    Attributes:
+      checkpoint: Where it is read from.
+      needs: What it takes, by leaf path.
+      b2: The decay of second moments that do not record their own.
+      missing: The curvature of leaves that have none, or None.
+    """
+
+    checkpoint: Checkpoint
+    needs: dict[str, Need]
+    b2: float
+    missing: float | None
+
+    def assembled(self, name: str, leaf: Abstract, arrays: Mapping[str, Any]) -> Any:
+        """Returns a leaf's curvature from the arrays that it needs; None if it has none."""
+        need = self.needs.get(name)
+        if need is None:
+            if self.missing is None:
+                return None
+            return np.full(leaf.shape, self.missing, np.float32)
+        fields = {field: arrays[stored] for field, stored in need.fields.items()}
+        if need.kind == "file":
+            return fields["dense"] if "dense" in fields else Factored(**fields)
+        scalars = {field: arrays[stored] for field, stored in need.scalars.items()}
+        # The part of the state that holds this leaf, with the field names it is known by.
+        known_by = dict.fromkeys(_curvature._KNOWN_BY[need.kind], {})
+        state = known_by | {field: {name: x} for field, x in fields.items()} | scalars
+        return _curvature.curvature_from(state, {name: leaf}, b2=self.b2)[name]
+
+    def abstract(self, name: str, leaf: Abstract) -> Any:
+        """Returns the shapes and dtypes of ``assembled``."""
+        need = self.needs.get(name)
+        arrays = {n: self.checkpoint.leaves[n] for n in need.names} if need else {}
+        return jax.eval_shape(lambda arrays: self.assembled(name, leaf, arrays), arrays)
+
+
+def open_curvature(
+    checkpoint: Checkpoint, tree: str | None, b2: float, missing: float | None
+) -> CurvatureOf:
+    """Finds what knows the curvature of each leaf: a file of curvature, or an optimizer's state.
+
+    Args:
+      checkpoint: Where to look.
+      tree: The path of the optimizer's state in it; None to look everywhere.
+      b2: The decay of Adam's and umtam's second moments.
+      missing: The curvature of leaves without, or None.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    if checkpoint.tensors is not None:
+        return CurvatureOf(checkpoint, _needs_of_file(checkpoint), b2, missing)
+    names, _ = named_leaves(checkpoint.tree)
+    # Each leaf stands for itself by its name, so the places of fields come back as names.
+    node = jax.tree.structure(checkpoint.tree).unflatten([_Name(name) for name in names])
+    for key in () if tree is None else _split(checkpoint.tree, tree):
+        node = node[int(key)] if isinstance(node, list) else node[key]
+    needs: dict[str, Need] = {}
+    for kind, tables, scalars in _curvature._sources(node):
+        numbers = {f: x.text for f, x in scalars.items() if f in ("count", "nu_weight")}
+        for field in ("nu", "R", "C", "v_row", "v_col", "v"):
+            table = tables.get(field, {})
+            for name, (_, place) in zip(without_value(list(table)), table.items(), strict=True):
+                need = needs.setdefault(name, Need(kind, {}, numbers))
+                if need.kind == kind and need.scalars == numbers:
+                    need.fields[field] = place.text
+    if not needs:
+        raise ValueError(
+            f"{checkpoint.path} holds no optimizer state with second moments"
+            + (f" at {tree}" if tree else "")
+            + "; name the state with curvature:, or a file that export-curvature wrote"
+        )
+    return CurvatureOf(checkpoint, needs, b2, missing)
+
+
+@dataclass(frozen=True)
+class _Name:
+    text: str
+
+
+def _needs_of_file(checkpoint: Checkpoint) -> dict[str, Need]:
+    file = _safetensors.files(checkpoint.path)[0]
+    if _safetensors.notes(file).get("format") != CURVATURE_FORMAT["format"]:
+        raise ValueError(f"{checkpoint.path} is no file that export-curvature wrote")
+    needs: dict[str, Need] = {}
+    for stored in checkpoint.tensors or ():
+        name, _, part = stored.partition("#")
+        needs.setdefault(name, Need("file", {}, {})).fields[part or "dense"] = stored
+    return needs
+
+
+def curvature_entries(curvature: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the tensors of a file of curvature: ``path``, or ``path#row`` and ``path#col``."""
+    entries = {}
+    for name, v in curvature.items():
+        if isinstance(v, Factored):
+            entries |= {f"{name}#row": v.row, f"{name}#col": v.col}
+        elif v is not None:
+            entries[name] = v
+    return entries
+
+
+def _found_params(checkpoint: Checkpoint) -> tuple[str, ...]:
+    if checkpoint.tensors is not None:
+        return ()
+    found = list(_called_params(checkpoint.tree, ()))
+    shallowest = [prefix for prefix in found if len(prefix) == min(map(len, found))]
+    if len(shallowest) == 1:
+        return shallowest[0]
+    top = list(checkpoint.tree) if isinstance(checkpoint.tree, dict) else []
+    if not found and not {"opt_state", "optimizer", "step"} & {str(key) for key in top}:
+        return ()
+    raise ValueError(
+        f"{checkpoint.path}: which part are the params? Name it with params:, for example one of "
+        + ", ".join(map("/".join, shallowest) if shallowest else map(str, top))
+    )
+
+
+def _called_params(tree: Any, prefix: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    for key, node in _children(tree):
+        if key == "params":
+            yield (*prefix, key)
+        elif key not in ("opt_state", "optimizer"):
+            yield from _called_params(node, (*prefix, key))
+
+
+def _children(tree: Any) -> Iterable[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        return tree.items()
+    return ((str(i), x) for i, x in enumerate(tree)) if isinstance(tree, list) else ()
+
+
+def _split(tree: Any, path: str) -> tuple[str, ...]:
+    keys = tuple(key for key in path.replace(".", "/").split("/") if key)
+    node = tree
+    for i, key in enumerate(keys):
+        children = dict(_children(node))
+        if key not in children:
+            near = difflib.get_close_matches(key, children, 1)
+            at = "/".join(keys[:i]) or "the top"
+            raise ValueError(
+                f"there is no {key!r} at {at} of the checkpoint; "
+                + (f"did you mean {near[0]!r}?" if near else f"there is {', '.join(children)}")
+            )
+        node = children[key]
+    return keys
+
+
+def _nested(tensors: Mapping[str, _safetensors.Tensor]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        *folders, last = _slashed(name).split("/")
+        node = tree
+        for key in folders:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"{name} lies below another tensor")
+        if last in node:
+            raise ValueError(f"{name} is the name of a tensor and of a group of tensors")
+        node[last] = Abstract(tensor.shape, tensor.dtype)
+    return tree
+
+
+def _slashed(name: str) -> str:
+    return name.replace(".", "/")
+
+
+def _siblings_like(path: Path) -> Path | None:
+    names = [child.name for child in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, 1)
+    return path.with_name(near[0]) if near else None
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0][:300] if text else type(error).__name__
