@@ -1,6 +1,7 @@
 """Arguments are checked where they come in. Traced values are not: they have no value yet."""
 
 import operator
+from numbers import Real
 from typing import Any
 
 import jax
@@ -27,11 +28,20 @@ def check_integer(name: str, value: Any, lowest: int) -> int:
 
 def check_decay(name: str, value: Any) -> None:
     """``value`` lies in [0, 1)."""
-    if isinstance(value, int | float) and not 0 <= value < 1:
+    if _known(name, value) and not 0 <= value < 1:
         raise ValueError(f"{name} must lie in [0, 1), got {value}: it is the share that is kept.")
 
 
 def check_not_negative(name: str, value: Any) -> None:
     """``value`` is at least zero, and a number."""
-    if isinstance(value, int | float) and not value >= 0:
+    if _known(name, value) and not value >= 0:
         raise ValueError(f"{name} must not be negative, got {value}.")
+
+
+def _known(name: str, value: Any) -> bool:
+    """Whether the value can be looked at: JAX's arrays may be traced, or wait for a device."""
+    if isinstance(value, Tracer | jax.Array):
+        return False
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}.")
+    return True

@@ -10,7 +10,7 @@ import numpy as np
 from ._checks import Scalar
 from ._matrix import Layout, default_layouts, layouts, paper_layout
 from ._moments import Factored, estimate
-from ._tree import named_leaves, unboxed
+from ._tree import at_least_float32, named_leaves, unboxed
 
 Curvature = jax.Array | Factored
 
@@ -61,7 +61,8 @@ def curvature_from(
       params: The parameters that the state belongs to (shapes are enough).
       b2: Decay of the second moments, for bias correction. ``moma`` records its own and Adafactor
         needs none: it is read for Adam's and umtam's states only.
-      weight_dimension_numbers: What ``moma`` was given, if it was given any.
+      weight_dimension_numbers: What ``moma`` was given, if it was given any. A square matrix
+        whose axes were swapped cannot be told from one whose axes were not.
       missing: Curvature of leaves that no state covers, such as frozen ones. None: an error.
 
     Returns:
@@ -107,7 +108,7 @@ def curvature_from(
             " another model, pass those that the optimizer was initialised with."
         )
     filled = [
-        jnp.full(leaf.shape, missing or 0, jnp.float32) if v is None else v
+        jnp.broadcast_to(jnp.asarray(missing, jnp.float32), leaf.shape) if v is None else v
         for leaf, v in zip(leaves, found, strict=True)
     ]
     return jax.tree.structure(params).unflatten(filled)
@@ -225,9 +226,9 @@ def _leaf_curvature(
         else:
             weight = _ema_weight(scalars, b2)
             if "nu" in part:
-                v = jnp.asarray(part["nu"]) / weight
+                v = _wide(part["nu"]) / weight
             elif "R" in part:
-                R, C = jnp.asarray(part["R"]), jnp.asarray(part["C"])
+                R, C = _wide(part["R"]), _wide(part["C"])
                 axes = paper_layout(leaf) if kind == "umtam" else layout
                 v = _factored(name, leaf, R, C, weight, axes)
             else:
@@ -248,7 +249,7 @@ def _ema_weight(scalars: Mapping[str, Any], b2: Scalar) -> jax.Array:
     if "nu_weight" in scalars:
         weight = jnp.asarray(scalars["nu_weight"])
     else:
-        weight = 1 - jnp.asarray(b2, jnp.float32) ** jnp.asarray(scalars["count"])
+        weight = 1 - b2 ** jnp.asarray(scalars["count"], jnp.result_type(float))
     return jnp.where(weight > 0, weight, 1)
 
 
@@ -272,14 +273,19 @@ def _adafactor(leaf: Any, v_row: Any, v_col: Any, v: Any) -> Curvature | None:
     It needs no bias correction: its first decay is zero.
     """
     if v is not None and v.shape == leaf.shape:
-        return jnp.asarray(v)
-    if v_row is None or v_col is None:
-        return None
+        return _wide(v)
+    if v_row is None or v_col is None or v_row.ndim != leaf.ndim - 1:
+        return None if v is None else _wide(v)
     second, largest = (int(axis) for axis in np.argsort(leaf.shape)[-2:])
-    row = jnp.expand_dims(jnp.asarray(v_row), largest)
-    col = jnp.expand_dims(jnp.asarray(v_col), second)
+    row = jnp.expand_dims(_wide(v_row), largest)
+    col = jnp.expand_dims(_wide(v_col), second)
     mean = jnp.mean(row, axis=second, keepdims=True)
     return Factored(row / jnp.where(mean > 0, mean, 1), col)
+
+
+def _wide(x: Any) -> jax.Array:
+    x = jnp.asarray(x)
+    return x.astype(at_least_float32(x.dtype))
 
 
 def _describe(opt_state: Any) -> str:

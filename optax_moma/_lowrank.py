@@ -4,13 +4,16 @@ Nothing here factorizes an array larger than r x r, and large arrays meet only m
 that every function runs with rows and columns sharded, and stacks of matrices are batched.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ._checks import Scalar
-from ._matrix import Operator, contract
+from ._matrix import contract, nonzero
+
+Operator = Callable[[jax.Array], jax.Array]
 
 
 class Factors(NamedTuple):
@@ -26,14 +29,14 @@ class Factors(NamedTuple):
 
 
 def orthonormalize(Y: jax.Array) -> jax.Array:
-    r"""An orthonormal basis Q (m, r) of the columns of Y, by two passes of Cholesky-QR.
+    r"""An orthonormal basis Q (m, r) of the columns of Y, by passes of Cholesky-QR.
 
     A pass scales the columns to unit length, factorizes their Gram matrix, shifted by the rounding
     error it may hold, :math:`Y^T Y + \delta I = L L^T` with :math:`\delta = r\,eps`, and returns
     :math:`Y L^{-T}`. The scaling makes the Gram nearly the identity when the columns are scaled
     orthogonal vectors, as they become in a warm-started iteration. A column that depends on those
-    before it shows as a pivot of the size of the shift, and leaves a null column in Q: so
-    ``Q Q^T`` is a projection whatever the rank of Y.
+    before it shows as a small pivot, and leaves a null column in Q: so ``Q Q^T`` is a projection
+    whatever the rank of Y. Two passes do it; a third is made where pivots are left in between.
 
     The order of the columns is that of Gram-Schmidt: the first k columns of Q span the first k of
     Y, which is what makes the factors converge to singular vectors one by one.
@@ -41,15 +44,23 @@ def orthonormalize(Y: jax.Array) -> jax.Array:
     Source: Fukaya et al., "Shifted Cholesky QR for computing the QR factorization of
     ill-conditioned matrices", 2020.
     """
-    r, dtype = Y.shape[-1], Y.dtype
-    shift = r * jnp.finfo(dtype).eps
-    for _ in range(2):
-        Y = Y / _positive(jnp.linalg.norm(Y, axis=-2, keepdims=True))
-        L = _cholesky(contract("mr,ms->rs", Y, Y) + shift * jnp.eye(r, dtype=dtype))
-        independent = jnp.diagonal(L, axis1=-2, axis2=-1) ** 2 > 8 * shift
-        # The shift shortens a column that was orthogonal to the others by sqrt(1 + shift).
-        Y = jnp.where(independent[..., None, :], jnp.sqrt(1 + shift) * _right_divided(Y, L), 0)
-    return Y
+    shift = Y.shape[-1] * jnp.finfo(Y.dtype).eps
+    Y, _ = _pass(Y, shift, least=8 * shift)
+    # What is left of a dependent column after one pass is noise, which a second lays bare.
+    Y, pivots = _pass(Y, shift, least=0.25)
+    settled = jnp.all((pivots > 0.99) | (pivots < 2 * shift))
+    return jax.lax.cond(settled, lambda: Y, lambda: _pass(Y, shift, least=0.25)[0])
+
+
+def _pass(Y: jax.Array, shift: Any, least: Any) -> tuple[jax.Array, jax.Array]:
+    """One pass of Cholesky-QR, and the squared pivots; columns of a smaller one become null."""
+    Y = Y / nonzero(jnp.linalg.norm(Y, axis=-2, keepdims=True))
+    gram = contract("mr,ms->rs", Y, Y)
+    L = _cholesky(gram + shift * jnp.eye(gram.shape[-1], dtype=Y.dtype))
+    pivots = jnp.diagonal(L, axis1=-2, axis2=-1) ** 2
+    # The shift shortens a column that was orthogonal to the others by sqrt(1 + shift).
+    Q = jnp.sqrt(1 + shift) * _right_divided(Y, L)
+    return jnp.where(pivots[..., None, :] > least, Q, 0), pivots
 
 
 def follow(
@@ -57,7 +68,7 @@ def follow(
     decay: Scalar,
     matmul: Operator,
     rmatmul: Operator,
-    power_iterations: int = 1,
+    power_iterations: int | jax.Array = 1,
 ) -> tuple[Factors, jax.Array]:
     r"""One warm-started subspace step: the rank-r part of ``decay * U s V^T + A``.
 
@@ -89,8 +100,10 @@ def follow(
         return Q, contract("rs,ns->rn", contract("mr,ms->rs", Q, Us), V) + inside, inside
 
     Q, Z, inside = iterate(V)
-    for _ in range(power_iterations - 1):
-        Q, Z, inside = iterate(transposed(Z))
+    if not (isinstance(power_iterations, int) and power_iterations == 1):
+        Q, Z, inside = jax.lax.fori_loop(
+            1, power_iterations, lambda _, last: iterate(transposed(last[1])), (Q, Z, inside)
+        )
     return _normalized(Q, Z, V), inside
 
 
@@ -103,11 +116,11 @@ def _normalized(Q: jax.Array, Z: jax.Array, previous: jax.Array) -> Factors:
     s = jnp.linalg.norm(Z, axis=-1)
     found = s > Z.shape[-2] * jnp.finfo(Z.dtype).eps * jnp.max(s, axis=-1, keepdims=True)
     s = jnp.where(found, s, 0)
-    V = transposed(Z / _positive(s)[..., None] * found[..., None])
+    V = transposed(Z / nonzero(s)[..., None] * found[..., None])
 
     def search() -> jax.Array:
         unseen = previous - contract("nr,rs->ns", V, contract("nr,ns->rs", V, previous))
-        unseen = unseen / _positive(jnp.linalg.norm(unseen, axis=-2, keepdims=True))
+        unseen = unseen / nonzero(jnp.linalg.norm(unseen, axis=-2, keepdims=True))
         return jnp.where(found[..., None, :], V, unseen)
 
     return Factors(Q, s, jax.lax.cond(jnp.all(found), lambda: V, search))
@@ -116,11 +129,6 @@ def _normalized(Q: jax.Array, Z: jax.Array, previous: jax.Array) -> Factors:
 def transposed(x: jax.Array) -> jax.Array:
     """(*batch, m, n) -> (*batch, n, m)."""
     return jnp.swapaxes(x, -1, -2)
-
-
-def _positive(x: jax.Array) -> jax.Array:
-    """``x``, and one where it is zero: a divisor that leaves null columns null."""
-    return jnp.where(x > 0, x, 1)
 
 
 def _cholesky(gram: jax.Array) -> jax.Array:

@@ -5,12 +5,14 @@ which, moves them there and back, and keeps the shardings of explicit meshes on 
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from ._tree import is_none, named_leaves
 
 
 class Layout(NamedTuple):
@@ -97,7 +99,8 @@ def layouts(
       dimension_numbers: None, for the rule below; one spec with ``reduction_axis`` (fan-in) and
         ``output_axis`` (fan-out), each an axis or several, such as
         ``optax.contrib.MuonDimensionNumbers``; a tree of them, possibly a prefix of ``params``,
-        with None at leaves that are no matrices; or a callable from ``params`` to one of these.
+        with None at leaves that are no matrices (leaves of fewer than two axes are none in any
+        case); or a callable from ``params`` to one of these.
         Axes that are not named stack independent matrices.
       min_dim_size_to_factor: A matrix with fewer rows or columns than this is kept dense.
 
@@ -106,14 +109,14 @@ def layouts(
     else its axes are cut in two where the halves are most nearly square (a convolution's kernel, an
     attention projection with separate heads).
     """
-    leaves = jax.tree.leaves(params, is_leaf=_is_none)
+    names, leaves = named_leaves(params, is_leaf=is_none)
     if callable(dimension_numbers) and not _is_spec(dimension_numbers):
         dimension_numbers = dimension_numbers(params)
     if dimension_numbers is None:
         specs: list[Any] = [_default_axes(leaf, min_dim_size_to_factor) for leaf in leaves]
     else:
         spread = _broadcast(dimension_numbers, params)
-        specs = [_named_axes(spec, leaf) for spec, leaf in zip(spread, leaves, strict=True)]
+        specs = [_named_axes(*args) for args in zip(spread, names, leaves, strict=True)]
     return [_layout(*pair, min_dim_size_to_factor) for pair in zip(leaves, specs, strict=True)]
 
 
@@ -153,32 +156,28 @@ def _default_axes(leaf: Any, min_dim_size_to_factor: float) -> _Axes:
     return axes[:cut], axes[cut:]
 
 
-def _named_axes(spec: Any, leaf: Any) -> _Axes:
-    if spec is None or leaf is None:
+def _named_axes(spec: Any, name: str, leaf: Any) -> _Axes:
+    if spec is None or leaf is None or leaf.ndim < 2:
         return None
     rows, cols = (
-        tuple(_axis(i, leaf, spec) for i in ([axis] if isinstance(axis, int) else axis))
+        tuple(_axis(i, name, leaf, spec) for i in ([axis] if isinstance(axis, int) else axis))
         for axis in (spec.reduction_axis, spec.output_axis)
     )
     if not rows or not cols or len({*rows, *cols}) < len(rows) + len(cols):
         raise ValueError(
-            f"dimension_numbers {spec} do not fit a leaf of shape {leaf.shape}: reduction_axis and"
-            " output_axis must each name at least one axis, and no axis twice."
+            f"weight_dimension_numbers {spec} do not fit leaf {name!r} of shape {leaf.shape}:"
+            " reduction_axis and output_axis must each name at least one axis, and no axis twice."
         )
     return rows, cols
 
 
-def _axis(axis: int, leaf: Any, spec: Any) -> int:
+def _axis(axis: int, name: str, leaf: Any, spec: Any) -> int:
     if not -leaf.ndim <= axis < leaf.ndim:
         raise ValueError(
-            f"dimension_numbers {spec} name axis {axis} of a leaf of shape {leaf.shape}. Name axes"
-            " that exist, or give None for a leaf that is no matrix."
+            f"weight_dimension_numbers {spec} name axis {axis} of leaf {name!r}, whose shape is"
+            f" {leaf.shape}. Name axes that exist, or give None for a leaf that is no matrix."
         )
     return axis % leaf.ndim
-
-
-def _is_none(x: Any) -> bool:
-    return x is None
 
 
 def _is_spec(x: Any) -> bool:
@@ -191,17 +190,18 @@ def _broadcast(dimension_numbers: Any, params: Any) -> list[Any]:
     def spread(spec: Any, subtree: Any) -> Any:
         if spec is not None and not _is_spec(spec):
             raise TypeError(
-                f"dimension_numbers hold {spec!r} where a spec with reduction_axis and output_axis"
-                " (such as optax.contrib.MuonDimensionNumbers) or None is expected."
+                f"weight_dimension_numbers hold {spec!r} where a spec with reduction_axis and"
+                " output_axis (such as optax.contrib.MuonDimensionNumbers) or None is expected."
             )
-        return [spec] * len(jax.tree.leaves(subtree, is_leaf=_is_none))
+        return [spec] * len(jax.tree.leaves(subtree, is_leaf=is_none))
 
     stop = lambda x: x is None or _is_spec(x)  # noqa: E731
     try:
         lists = jax.tree.map(spread, dimension_numbers, params, is_leaf=stop)
     except ValueError as error:
         raise ValueError(
-            f"dimension_numbers must be a tree like the parameters, or a prefix of it: {error}"
+            "weight_dimension_numbers must be a tree like the parameters, or a prefix of it:"
+            f" {error}"
         ) from error
     return jax.tree.leaves(lists, is_leaf=stop)
 
@@ -252,6 +252,11 @@ def contract(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     )
 
 
+def nonzero(x: jax.Array) -> jax.Array:
+    """``x``, and one where it is not positive: a divisor that leaves null what is null."""
+    return jnp.where(x > 0, x, 1)
+
+
 def unshared(x: Any) -> Any:
     """``x`` (an array or several), whose uses the compiler does not share with the original's.
 
@@ -291,6 +296,3 @@ def _drop_minor_shardings(x: jax.Array, layout: Layout) -> jax.Array:
     minor = (*layout.rows[1:], *layout.cols[1:])
     spec = [None if i in minor else axis for i, axis in enumerate(_spec_of(x))]
     return reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
-
-
-Operator = Callable[[jax.Array], jax.Array]

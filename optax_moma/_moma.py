@@ -28,9 +28,17 @@ from jax.typing import DTypeLike
 from . import _moments as moments
 from ._checks import Scalar, check_decay, check_integer, check_not_negative
 from ._lowrank import Factors, follow, transposed
-from ._matrix import Layout, contract, layouts, reshard, unshared
+from ._matrix import Layout, contract, layouts, nonzero, reshard, unshared
 from ._quantize import Blocks, dequantize, quantize
-from ._tree import at_least_float32, name_hash, named_leaves, to_entries, to_trees, unboxed
+from ._tree import (
+    at_least_float32,
+    is_none,
+    name_hash,
+    named_leaves,
+    to_entries,
+    to_trees,
+    unboxed,
+)
 
 
 class ScaleByMomaState(NamedTuple):
@@ -72,9 +80,6 @@ class ScaleByMomaState(NamedTuple):
     saliency: Any
 
 
-_ERROR_DTYPES = (jnp.float32, jnp.bfloat16, jnp.int8)
-
-
 class _Matrix(NamedTuple):
     """What the state holds of one matrix leaf."""
 
@@ -107,7 +112,7 @@ class _Hyper(NamedTuple):
     eps: Scalar
     residual: Scalar
     clip_rms: Scalar
-    power_iterations: int
+    power_iterations: int | jax.Array
     learning_rate: Scalar
     mu_weight: jax.Array
     nu_weight: jax.Array
@@ -121,7 +126,7 @@ def scale_by_moma(
     eps: Scalar = 1e-8,
     residual: Scalar = 1.0,
     clip_rms: Scalar = 1.0,
-    power_iterations: int = 1,
+    power_iterations: int | jax.Array = 1,
     min_dim_size_to_factor: int = 128,
     weight_dimension_numbers: Any = None,
     saliency: bool = True,
@@ -162,7 +167,8 @@ def scale_by_moma(
         ``float32``, ``bfloat16``, or ``int8`` with one scale per 128 entries. With it nothing is
         lost by truncation, and the residual is that of the momentum: the dense average.
       mu_dtype: Type of U, s, V and mu. None: the gradient's, but at least float32.
-      nu_dtype: Type of R, C, nu and the saliency. None: the gradient's, but at least float32.
+      nu_dtype: Type of R, C, nu and the saliency, float32 or float64: in half a type, a moving
+        average with b2 = 0.999 stands still. None: the gradient's, but at least float32.
       seed: Seed of the random directions where the subspace starts to look.
 
     Returns:
@@ -171,7 +177,7 @@ def scale_by_moma(
     Raises:
       ValueError: rank < 1, b1 or b2 outside [0, 1), a negative eps, residual or clip_rms, dimension
         numbers that do not fit a leaf, an error_dtype that is none of the three.
-      TypeError: rank, min_dim_size_to_factor or power_iterations is not a Python integer. Under
+      TypeError: rank or min_dim_size_to_factor is not a Python integer. They fix shapes: under
         ``optax.inject_hyperparams`` name them in ``static_args``.
 
     Example:
@@ -191,13 +197,16 @@ def scale_by_moma(
     min_dim_size_to_factor = check_integer(
         "min_dim_size_to_factor", min_dim_size_to_factor, lowest=1
     )
-    power_iterations = check_integer("power_iterations", power_iterations, lowest=1)
+    if not isinstance(power_iterations, jax.Array):
+        power_iterations = check_integer("power_iterations", power_iterations, lowest=1)
     check_decay("b1", b1)
     check_decay("b2", b2)
     check_not_negative("eps", eps)
     check_not_negative("residual", residual)
     check_not_negative("clip_rms", clip_rms)
-    _check_error_dtype(error_dtype)
+    _check_dtype("error_dtype", error_dtype, jnp.float32, jnp.bfloat16, jnp.int8)
+    _check_dtype("mu_dtype", mu_dtype, jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16)
+    _check_dtype("nu_dtype", nu_dtype, jnp.float64, jnp.float32)
 
     def init_leaf(name: str, leaf: Any, layout: Layout | None) -> _Matrix | _Dense | None:
         if leaf is None:
@@ -205,7 +214,9 @@ def scale_by_moma(
         wide = at_least_float32(leaf.dtype)
         real = jnp.finfo(wide).dtype
         if layout is None:
-            mu = jnp.zeros_like(leaf, dtype=mu_dtype or wide)
+            # A complex leaf keeps its phase whatever mu_dtype says.
+            kind = wide if mu_dtype is None or wide != real else mu_dtype
+            mu = jnp.zeros_like(leaf, dtype=kind)
             nu = jnp.zeros_like(leaf, dtype=nu_dtype or real)
             return _Dense(mu, nu, jnp.zeros_like(nu) if saliency else optax.MaskedNode())
         *batch, m, n = layout.matrix_shape
@@ -231,7 +242,7 @@ def scale_by_moma(
 
     def init(params: optax.Params) -> ScaleByMomaState:
         params = unboxed(params)
-        names, leaves = named_leaves(params, is_leaf=lambda x: x is None)
+        names, leaves = named_leaves(params, is_leaf=is_none)
         kinds = layouts(params, weight_dimension_numbers, min_dim_size_to_factor)
         entries = [init_leaf(*args) for args in zip(names, leaves, kinds, strict=True)]
         # Three arrays, not one used three times: donation forbids a buffer that appears twice.
@@ -252,7 +263,7 @@ def scale_by_moma(
             mu_weight=moments.ema(state.mu_weight, jnp.ones((), jnp.float32), b1),
             nu_weight=moments.ema(state.nu_weight, jnp.ones((), jnp.float32), b2),
         )  # fmt: skip
-        leaves, treedef = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
+        leaves, treedef = jax.tree.flatten(updates, is_leaf=is_none)
         kinds = layouts(plain, weight_dimension_numbers, min_dim_size_to_factor)
         old = to_entries(plain, state, (_Matrix, _Dense))
         steps, entries = [], []
@@ -300,7 +311,7 @@ def _matrix_step(
         B = inside / (1 - b1)
         total = _norm(unshared(p) * G * unshared(q))
         momentum = jnp.linalg.norm(factors.s, axis=-1)[..., None, None] / w1
-        rho = hyper.residual * jnp.minimum(1, momentum / _nonzero(_norm(B)))
+        rho = hyper.residual * jnp.minimum(1, momentum / nonzero(_norm(B)))
         outside = rho * jnp.sqrt(jnp.maximum(total**2 - _norm(B) ** 2, 0))
         # U (s V^T / w1) + rho (G' - U B), whose length is known before it is formed.
         clip = _clip(jnp.hypot(momentum, outside), layout, hyper.clip_rms)
@@ -345,16 +356,19 @@ def _dense_step(g: jax.Array, state: _Dense, hyper: _Hyper) -> tuple[jax.Array, 
     nu = moments.ema(state.nu.astype(G.real.dtype), jnp.square(jnp.abs(G)), hyper.b2)
     step = mu / hyper.mu_weight * moments.dense_inverse_root(nu, hyper.nu_weight, hyper.eps)
     rms = jnp.sqrt(jnp.mean(jnp.square(jnp.abs(step))))
-    step = step * jnp.minimum(1, hyper.clip_rms / _nonzero(rms))
+    step = step * jnp.minimum(1, hyper.clip_rms / nonzero(rms))
     descent = hyper.learning_rate * (G.conj() * step).real
     return step.astype(g.dtype), _Dense(mu, nu, _accumulate(state.saliency, descent))
 
 
-def _check_error_dtype(error_dtype: DTypeLike | None) -> None:
-    if error_dtype is not None and jnp.dtype(error_dtype) not in _ERROR_DTYPES:
-        raise ValueError(
-            f"error_dtype must be None, float32, bfloat16 or int8, got {jnp.dtype(error_dtype)}."
-        )
+def _check_dtype(name: str, dtype: DTypeLike | None, *allowed: DTypeLike) -> None:
+    try:
+        known = dtype is None or jnp.dtype(dtype) in allowed
+    except TypeError:
+        known = False
+    if not known:
+        names = ", ".join(jnp.dtype(x).name for x in allowed)
+        raise ValueError(f"{name} must be None or one of {names}, got {dtype!r}.")
 
 
 def _no_error(leaf: Any, layout: Layout, error_dtype: DTypeLike | None) -> Any:
@@ -373,15 +387,11 @@ def _clip(norm: jax.Array, layout: Layout, clip_rms: Scalar) -> jax.Array:
     m, n = layout.matrix_shape[-2:]
     # Stacked matrices form one leaf, and one leaf has one factor.
     rms = jnp.sqrt(jnp.mean(jnp.square(norm)) / (m * n))
-    return jnp.minimum(1, clip_rms / _nonzero(rms))
+    return jnp.minimum(1, clip_rms / nonzero(rms))
 
 
 def _norm(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True))
-
-
-def _nonzero(x: jax.Array) -> jax.Array:
-    return jnp.where(x > 0, x, 1)
 
 
 def _accumulate(total: Any, term: jax.Array) -> Any:
@@ -400,7 +410,7 @@ def moma(
     eps: Scalar = 1e-8,
     residual: Scalar = 1.0,
     clip_rms: Scalar = 1.0,
-    power_iterations: int = 1,
+    power_iterations: int | jax.Array = 1,
     weight_dimension_numbers: Any = None,
     saliency: bool = True,
     error_dtype: DTypeLike | None = None,
@@ -451,7 +461,7 @@ def moma(
 
     Raises:
       ValueError: An argument out of its range; see :func:`scale_by_moma`.
-      TypeError: rank, min_dim_size_to_factor or power_iterations is not a Python integer. Under
+      TypeError: rank or min_dim_size_to_factor is not a Python integer. Under
         ``optax.inject_hyperparams`` name them in ``static_args``, as well as callables and dtypes.
 
     Example:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ._checks import Scalar
-from ._matrix import Layout
+from ._matrix import Layout, nonzero
 
 
 class Factored(NamedTuple):
@@ -60,27 +60,26 @@ def inverse_root(
     row may count: :math:`p_i = (R_i / \bar R + eps)^{-1/2}`. It is relative, so a loss scaled by a
     constant gives the same update. A matrix that never got a gradient has P = 0.
     """
-    m = R.shape[-1]
     row_mean, col_mean = (jnp.mean(x, axis=-1, keepdims=True) for x in (R, C))
-    p = jax.lax.rsqrt(R / _nonzero(row_mean) + eps)
-    q = jax.lax.rsqrt(C / _nonzero(col_mean) + eps)
+    p = _inverse_root(R / nonzero(row_mean) + eps)
+    q = _inverse_root(C / nonzero(col_mean) + eps)
     # v_ij = R_i C_j / sum(R) = (R_i / mean R) (C_j / mean C) mean(C) / m
-    root = jnp.sqrt(m * weight) * jax.lax.rsqrt(_nonzero(col_mean))
+    root = jnp.sqrt(R.shape[-1] * weight) * jax.lax.rsqrt(nonzero(col_mean))
     return p, jnp.where(col_mean > 0, q * root, 0)
 
 
 def dense_inverse_root(v: jax.Array, weight: Scalar, eps: Scalar) -> jax.Array:
     """``(v / weight)^(-1/2)`` entry by entry, with the same relative ``eps``; 0 where v is 0."""
     mean = jnp.mean(v)
-    root = jnp.sqrt(weight) * jax.lax.rsqrt(_nonzero(mean))
-    return jnp.where(v > 0, jax.lax.rsqrt(v / _nonzero(mean) + eps) * root, 0)
+    root = jnp.sqrt(weight) * jax.lax.rsqrt(nonzero(mean))
+    return jnp.where(v > 0, _inverse_root(v / nonzero(mean) + eps) * root, 0)
+
+
+def _inverse_root(x: jax.Array) -> jax.Array:
+    return jnp.where(x > 0, jax.lax.rsqrt(nonzero(x)), 0)
 
 
 def estimate(R: jax.Array, C: jax.Array, weight: Scalar, layout: Layout) -> Factored:
     """``v / weight`` of a leaf of this layout, still factored. Zero where R and C are."""
-    total = _nonzero(jnp.sum(R, axis=-1, keepdims=True))
+    total = nonzero(jnp.sum(R, axis=-1, keepdims=True))
     return Factored(layout.rows_in_leaf(R / total), layout.cols_in_leaf(C / weight))
-
-
-def _nonzero(x: jax.Array) -> jax.Array:
-    return jnp.where(x > 0, x, 1)

@@ -42,14 +42,23 @@ def state_size(tx: optax.GradientTransformation, params: Any) -> StateSize:
       >>> om.state_size(om.moma(1e-3, rank=32), params).by_field["U"]
       98304
     """
-    state = jax.eval_shape(tx.init, unboxed(params))
+    params = unboxed(params)
+    state = jax.eval_shape(tx.init, params)
+    param_paths = {path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]}
     fields: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
-        names = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
-        field = names[-1] if names else path_name(path)
+        field = _field(path, param_paths)
         fields[field] = fields.get(field, 0) + leaf.size * leaf.dtype.itemsize
     by_size = dict(sorted(fields.items(), key=lambda item: -item[1]))
     return StateSize(sum(fields.values()), by_size)
+
+
+def _field(path: tuple[Any, ...], param_paths: set[tuple[Any, ...]]) -> str:
+    """The name of a NamedTuple's field that a path leads through, last before a parameter's."""
+    spans = [(i, j) for i in range(len(path)) for j in range(i + 1, len(path) + 1)]
+    start = next((i for i, j in spans if path[i:j] in param_paths), len(path))
+    names = [key.name for key in path[:start] if isinstance(key, jax.tree_util.GetAttrKey)]
+    return names[-1] if names else path_name(path)
 
 
 def state_partition_specs(
@@ -88,7 +97,7 @@ def state_partition_specs(
     treedef = jax.tree.structure(params)
     is_spec = lambda x: x is None or isinstance(x, PartitionSpec)  # noqa: E731
     specs, spec_def = jax.tree.flatten(unboxed(param_specs), is_leaf=is_spec)
-    if spec_def != jax.tree.structure(params):
+    if spec_def != treedef:
         raise ValueError(
             "param_specs must be a tree like params, with a PartitionSpec (or None) at every leaf:"
             f" it has structure {spec_def}, params have {treedef}."

@@ -35,6 +35,11 @@ def _content(box: Any) -> Any:
     return leaves[0] if leaves else None
 
 
+def is_none(x: Any) -> bool:
+    """Whether ``x`` is None, which Optax allows in place of a leaf."""
+    return x is None
+
+
 def key_name(key: Any) -> str:
     """The name of one step of a key path: 'kernel' for ['kernel'] and .kernel, '0' for [0]."""
     for attribute in ("key", "name", "idx"):
@@ -71,7 +76,7 @@ def to_trees(params: Any, entries: list[Any], fields: tuple[str, ...]) -> dict[s
 
     A leaf whose entry lacks the field gets an ``optax.MaskedNode``, which holds no array.
     """
-    treedef = jax.tree.structure(params, is_leaf=lambda x: x is None)
+    treedef = jax.tree.structure(params, is_leaf=is_none)
     return {
         field: treedef.unflatten([getattr(entry, field, optax.MaskedNode()) for entry in entries])
         for field in fields
@@ -83,7 +88,7 @@ def to_entries(params: Any, state: Any, forms: tuple[type, ...]) -> list[Any]:
 
     The state says which form that is, not the leaf: a gradient may be None.
     """
-    treedef = jax.tree.structure(params, is_leaf=lambda x: x is None)
+    treedef = jax.tree.structure(params, is_leaf=is_none)
     fields = [field for form in forms for field in form._fields]
     columns = {field: treedef.flatten_up_to(getattr(state, field)) for field in fields}
 

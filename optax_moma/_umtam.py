@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from . import _moments as moments
 from ._checks import Scalar, check_decay, check_integer, check_not_negative
 from ._matrix import Layout, paper_layout, reshard, sharding_of
-from ._tree import at_least_float32, name_hash, named_leaves, to_entries, to_trees, unboxed
+from ._tree import at_least_float32, is_none, name_hash, named_leaves, to_entries, to_trees, unboxed
 
 
 class ScaleByUmtamState(NamedTuple):
@@ -95,7 +95,8 @@ def scale_by_umtam(
     The equations stand at the head of this module's source and in :func:`umtam`. Faithful means:
     dense E, S and W0, about 1.5 times AdamW's state; a full SVD of every matrix at every step,
     ``O(m n min(m, n))`` operations, for which a sharded matrix is gathered; and no bias correction
-    of R, C or the momentum, so that early steps are up to 6.5 times those of Adam. A leaf with more
+    of R, C or the momentum (which starts as eps times a random matrix), so that early steps are up
+    to 6.5 times those of Adam. A leaf with more
     than two axes is the matrix (shape[0], rest); one with fewer, and complex leaves, get Adam's
     moments with bias correction. :func:`optax_moma.scale_by_moma` is the optimizer to train with.
 
@@ -157,7 +158,7 @@ def scale_by_umtam(
 
     def init(params: optax.Params) -> ScaleByUmtamState:
         params = unboxed(params)
-        names, leaves = named_leaves(params, is_leaf=lambda x: x is None)
+        names, leaves = named_leaves(params, is_leaf=is_none)
         entries = [init_leaf(*args) for args in zip(names, leaves, strict=True)]
         return ScaleByUmtamState(jnp.zeros((), jnp.int32), **to_trees(params, entries, _FIELDS))
 
@@ -178,7 +179,7 @@ def scale_by_umtam(
         r = s.shape[0]
         # Beyond the numerical rank singular vectors are rounding noise: none are kept, nor is the
         # error that would be made of them.
-        found = d > max(G.shape) * jnp.finfo(wide).eps * d[0]
+        found = d > 10 * jnp.finfo(wide).eps * d[0]
         U, s, V = u[:, :r] * found[:r], d[:r] * found[:r], vt[:r].T * found[:r]
         low = (U * s) @ V.T
         E = jnp.where(jnp.any(found[r:]), M - low, 0)
@@ -218,7 +219,7 @@ def scale_by_umtam(
             )
         plain = unboxed(updates)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        leaves, treedef = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
+        leaves, treedef = jax.tree.flatten(updates, is_leaf=is_none)
         weights = treedef.flatten_up_to(params)
         views = [None if g is None else paper_layout(g) for g in leaves]
         old = to_entries(plain, state, (_Matrix, _Dense))

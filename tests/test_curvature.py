@@ -234,8 +234,6 @@ def test_float64_is_kept():
 def test_states_of_low_precision_come_back_in_float32(name):
     low = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
     tx = OPTIMIZERS[name][0]()
-    if name == "moma":
-        tx = om.moma(1e-3, 2, b2=B2, min_dim_size_to_factor=8, nu_dtype=jnp.bfloat16)
     found = read(train(tx, [low(g) for g in GRADS], low(PARAMS)), low(PARAMS))
     assert_curvature(found, OPTIMIZERS[name][1](GRADS), rtol=0.05)
 

@@ -87,7 +87,7 @@ def test_dimension_numbers_as_tree_prefix_and_callable():
 @pytest.mark.parametrize(
     ("numbers", "error", "words"),
     [
-        (Axes(0, 2), ValueError, "axis 2 of a leaf of shape"),
+        (Axes(0, 2), ValueError, "axis 2 of leaf 'w'"),
         (Axes(-3, 0), ValueError, "axis -3"),
         (Axes(0, 0), ValueError, "no axis twice"),
         (Axes(0, -2), ValueError, "no axis twice"),
@@ -104,9 +104,14 @@ def test_dimension_numbers_that_do_not_fit(numbers, error, words):
 
 
 def test_an_error_of_dimension_numbers_names_the_leaf():
-    params = {"block": {"attention": leaf(3, 4), "scale": leaf(4)}}
-    with pytest.raises(ValueError, match="block/scale"):
-        _matrix.layouts(params, Axes(0, 1), 1)
+    params = {"block": {"attention": leaf(3, 4), "heads": leaf(3, 4, 5)}}
+    with pytest.raises(ValueError, match="block/attention"):
+        _matrix.layouts(params, Axes(0, 2), 1)
+
+
+def test_one_spec_serves_a_whole_model():
+    found = _matrix.layouts({"kernel": leaf(3, 4), "scale": leaf(4)}, Axes(0, 1), 1)
+    assert found[0].matrix_shape == (3, 4) and found[1] is None
 
 
 @pytest.mark.parametrize("batch", [(), (2,), (2, 3)])

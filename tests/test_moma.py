@@ -381,10 +381,10 @@ DENSE = {"mu"}, {"nu", "saliency"}
 
 def test_types_of_the_moments_can_be_chosen():
     grads = [{"w": w, "b": b} for w, b in zip(draws(8, 11), draws(5), strict=True)]
-    tx = om.scale_by_moma(3, mu_dtype=jnp.bfloat16, nu_dtype=jnp.float16, **SMALL)
+    tx = om.scale_by_moma(3, mu_dtype=jnp.bfloat16, nu_dtype=jnp.float32, **SMALL)
     updates, state = run(tx, grads)
     for name, (first, second) in (("w", MATRIX), ("b", DENSE)):
-        for fields, dtype in ((first, jnp.bfloat16), (second, jnp.float16)):
+        for fields, dtype in ((first, jnp.bfloat16), (second, jnp.float32)):
             for field in fields:
                 assert getattr(state, field)[name].dtype == dtype, field
     exact, _ = run(RANK_3, grads)
@@ -393,21 +393,12 @@ def test_types_of_the_moments_can_be_chosen():
         assert_close(updates[-1][name], exact[-1][name], 0.05)
 
 
-@pytest.mark.parametrize("nu_dtype", [jnp.bfloat16, jnp.float16])
-def test_second_moments_of_low_precision_follow_the_gradient(nu_dtype):
-    """Gradients fall to a tenth: after 5,000 steps the second moment has fallen to a hundredth."""
-    rng = np.random.default_rng(0)
-    g = jnp.asarray(np.sign(rng.normal(size=(8, 8))), jnp.float32)
-    tx = om.scale_by_moma(2, nu_dtype=nu_dtype, **SMALL)
-
-    def steps(state, size):
-        step = lambda state, _: (tx.update(size * g, state)[1], None)
-        return jax.lax.scan(step, state, length=5_000)[0]
-
-    state = jax.jit(steps)(jax.jit(steps)(tx.init(g), 1.0), 0.1)
-    weight = 1 - 0.999**5_000
-    expected = 8 * (0.01 * weight + (1 - weight))
-    np.testing.assert_allclose(np.asarray(state.R, np.float64), expected, rtol=0.2)
+@pytest.mark.parametrize("nu_dtype", [jnp.bfloat16, jnp.float16, "int8"])
+def test_second_moments_are_not_kept_in_half_a_type(nu_dtype):
+    """With b2 = 0.999 an average in bfloat16 stands still: its steps are rounded away."""
+    assert float(jnp.bfloat16(1) * jnp.bfloat16(0.999)) == 1.0
+    with pytest.raises(ValueError, match="nu_dtype"):
+        om.scale_by_moma(2, nu_dtype=nu_dtype)
 
 
 def test_complex_leaves_are_dense_and_keep_their_phase():
