@@ -1,5 +1,8 @@
 """Merges of checkpoints of any size, streamed: the same bits as merges in memory."""
 
+from ._compare import LeafComparison as LeafComparison
+from ._compare import compare as compare
+from ._curvature_file import export_curvature as export_curvature
 from ._manifest import Verified as Verified
 from ._manifest import verify as verify
 from ._merge import Merged as Merged

@@ -133,7 +133,9 @@ def differing(checkpoint: Checkpoint, digests: Mapping[str, str]) -> list[str]:
     return problems
 
 
-def _grouped(checkpoint: Checkpoint, names: list[str], limit: int = 64 << 20) -> Iterator[list[str]]:
+def _grouped(
+    checkpoint: Checkpoint, names: list[str], limit: int = 64 << 20
+) -> Iterator[list[str]]:
     group, size = [], 0
     for name in names:
         leaf = checkpoint.leaves[name]

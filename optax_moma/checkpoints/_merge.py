@@ -1,6 +1,6 @@
 """The merge of checkpoints: leaf groups are read, merged and written, each while others are.
 
-The arithmetic is ``optax_moma.merge``, given one leaf at a time: so the bits are those of a merge
+The arithmetic is that of ``optax_moma.merge``, one leaf at a time: so the bits are those of a merge
 in memory, however the leaves are grouped.
 """
 
@@ -20,14 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import merging
+from .._tree import path_name
 from ..merging._inputs import is_float
 from ..merging._leaf import LeafInputs, stable_id
-from ..merging._merge import prepared
+from ..merging._merge import merge_leaf, prepared
 from . import _orbax, _safetensors
 from ._manifest import differing, digest, write_manifest
 from ._plan import CHUNK_BYTES, Job, Part, open_job, passes, problems_of, raise_problems
 from ._recipe import Recipe, key_of, output_dtype, problem_error
-from ._source import Abstract, Checkpoint, manifest_path, open_checkpoint
+from ._source import Abstract, Checkpoint, manifest_path, open_checkpoint, open_model
 
 Progress = Callable[[int, int], None]
 
@@ -205,8 +206,6 @@ def load(path: Path | str, *, item: str | None = None, params: str | None = None
       >>> load(f"{folder}/state")
       {'w': Array([1., 1.], dtype=float32)}
     """
-    from ._source import open_model
-
     checkpoint = open_checkpoint(Path(path), item)
     model = open_model(str(path), checkpoint, params)
     arrays = checkpoint.read(list(model.stored.values()))
@@ -313,7 +312,9 @@ def _identity(job: Job) -> str:
 
 def _versions() -> dict[str, str]:
     names = ("jax", "jaxlib", "numpy", "orbax-checkpoint", "optax-moma")
-    installed = {d.metadata["Name"].lower().replace("_", "-") for d in importlib.metadata.distributions()}
+    installed = {
+        d.metadata["Name"].lower().replace("_", "-") for d in importlib.metadata.distributions()
+    }
     return {name: importlib.metadata.version(name) for name in names if name in installed}
 
 
@@ -363,8 +364,6 @@ def _commit(
 def _output_names(job: Job) -> dict[str, str]:
     """Returns the names of the leaves in the written checkpoint by leaf path."""
     keys, _ = jax.tree_util.tree_flatten_with_path(job.reference.tree)
-    from .._tree import path_name
-
     return {name: path_name(path) for path, name in keys}
 
 
@@ -416,7 +415,9 @@ def _read(job: Job, group: list[_Task], meter: _Meter) -> _Read:
     for label, model in job.models.items():
         names = [task.name for task in group if label in job.read_from(task.part)]
         arrays = _leaves_of(model.checkpoint, [model.stored[n] for n in names], model.label, result)
-        result.models[label] = {n: arrays[model.stored[n]] for n in names if model.stored[n] in arrays}
+        result.models[label] = {
+            n: arrays[model.stored[n]] for n in names if model.stored[n] in arrays
+        }
         result.digests[label] = {n: digest(x) for n, x in result.models[label].items()}
         for name, found in result.digests[label].items():
             if model.checkpoint.digests.get(model.stored[name], found) != found:
@@ -468,8 +469,9 @@ def _merged(
         except ValueError as error:
             faults += problems_of(error)
             continue
-        merged[name] = leaf.astype(like.dtype)
-    return {name: jax.block_until_ready(leaf) for name, leaf in merged.items()}
+        # One leaf at a time: the memory of a merge is a multiple of its largest leaf.
+        merged[name] = jax.block_until_ready(leaf.astype(like.dtype))
+    return merged
 
 
 def _merge_leaf(
@@ -481,37 +483,74 @@ def _merge_leaf(
     arrays: _Read,
     like: Abstract,
 ) -> jax.Array:
-    base, experts, curvature = _one_leaf(job, part, name, models, arrays, like)
-    found = merging.merge(
+    assert part.method is not None
+    curvature = _curvature_of(job, part, name, arrays)
+    estimates = jax.tree.leaves(curvature)
+    if not part.method.contract.gram:
+        # A negative second moment is as wrong as an infinite one.
+        estimates = [x if np.min(x, initial=0) >= 0 else np.float32(np.nan) for x in estimates]
+    if is_float(like) and _clean([*models.values(), *estimates]):
+        return merge_leaf(method, _leaf_inputs(job, part, name, models, curvature, like))
+    # Not floating point, or something is wrong: the merge in memory knows what to do or to say.
+    return merging.merge(
         method,
-        {expert: {name: x} for expert, x in experts.items()},
-        base=None if base is None else {name: base},
+        {expert: {name: models[expert]} for expert in job.experts},
+        base={name: models["base"]} if "base" in models else None,
         curvature=None if curvature is None else {e: {name: v} for e, v in curvature.items()},
         weights=part.weights,
         key=key_of(job.recipe),
-    )
-    return found[name]
+    )[name]
 
 
-def _one_leaf(
-    job: Job, part: Part, name: str, models: dict[str, Any], arrays: _Read, like: Abstract
-) -> tuple[Any, dict[str, Any], dict[str, Any] | None]:
-    """Returns base, experts and curvature of one leaf, as ``merge`` takes them."""
-    experts = {expert: models[expert] for expert in job.experts}
-    base = models.get("base")
-    if output_dtype(job.recipe) is not None and is_float(like):
-        # The merge is rounded to the dtype of the base, so a wider base delays the rounding.
-        first = next(iter(experts)) if base is None else None
-        wide = jnp.promote_types(like.dtype, jnp.float32)
-        if first is None:
-            base = jnp.asarray(base).astype(jnp.promote_types(wide, base.dtype))
+def _clean(arrays: list[Any]) -> bool:
+    """Whether all numbers are finite: by their bits, several times as fast as by arithmetic.
+
+    Read as integers, no finite number reaches the infinity of its sign.
+    """
+    for x in map(np.asarray, arrays):
+        bits = f"{8 * x.itemsize}"
+        signed, unsigned = x.view(f"int{bits}"), x.view(f"uint{bits}")
+        infinity, minus = np.array([np.inf, -np.inf], x.dtype).view(unsigned.dtype)
+        if np.max(signed, initial=0) >= infinity or np.max(unsigned, initial=0) >= minus:
+            return False
+    return True
+
+
+def _curvature_of(job: Job, part: Part, name: str, arrays: _Read) -> dict[str, Any] | None:
+    if part.method is None or not part.method.contract.curvature:
+        return None
+    return {expert: arrays.curvature.get(expert, {}).get(name) for expert in job.experts}
+
+
+def _leaf_inputs(
+    job: Job,
+    part: Part,
+    name: str,
+    models: dict[str, np.ndarray],
+    curvature: dict[str, Any] | None,
+    like: Abstract,
+) -> LeafInputs:
+    """Returns a leaf as the merge takes it, wide enough for the dtype that the recipe asks for."""
+    names = sorted(job.experts)
+    experts, base = [models[expert] for expert in names], models.get("base")
+    if output_dtype(job.recipe) is not None:
+        # The merge is rounded to the base's dtype, or to that of all experts together.
+        wide = lambda x: jnp.asarray(x).astype(  # noqa: E731
+            jnp.promote_types(jnp.promote_types(like.dtype, jnp.float32), x.dtype)
+        )
+        if base is None:
+            experts[0] = wide(experts[0])
         else:
-            x = jnp.asarray(experts[first])
-            experts[first] = x.astype(jnp.promote_types(wide, x.dtype))
-    curvature = None
-    if part.method is not None and part.method.contract.curvature:
-        curvature = {e: arrays.curvature.get(e, {}).get(name) for e in job.experts}
-    return base, experts, curvature
+            base = wide(base)
+    return LeafInputs(
+        experts=tuple(experts),
+        base=base,
+        curvature=curvature and tuple(curvature[expert] for expert in names),
+        weights=np.array([part.weights[expert] for expert in names]),
+        key=key_of(job.recipe),
+        path_id=stable_id(name),
+        expert_ids=np.array([stable_id(expert) for expert in names]),
+    )
 
 
 def _kept(job: Job, keep: str, name: str, leaf: np.ndarray) -> jax.Array:
@@ -530,9 +569,6 @@ def _prepared(
         return part.method
     averaged = [n for n in part.names if is_float(job.reference.leaves[n])]
     tasks = [[_Task(n, part, job.stored_bytes(part, n))] for n in averaged]
-    names = sorted(job.experts)
-    ids = np.array([stable_id(expert) for expert in names])
-    weights = np.array([part.weights[expert] for expert in names])
 
     def leaves() -> Iterator[LeafInputs]:
         groups = _groups(tasks, chunk_bytes)
@@ -541,17 +577,9 @@ def _prepared(
                 raise problem_error("Cannot merge,", [f for v in arrays.faults.values() for f in v])
             for name, _, _ in group:
                 models = {label: found[name] for label, found in arrays.models.items()}
+                curvature = _curvature_of(job, part, name, arrays)
                 like = job.merged_leaf(part, name)
-                base, experts, curvature = _one_leaf(job, part, name, models, arrays, like)
-                yield LeafInputs(
-                    experts=tuple(experts[expert] for expert in names),
-                    base=base,
-                    curvature=curvature and tuple(curvature[expert] for expert in names),
-                    weights=weights,
-                    key=key_of(job.recipe),
-                    path_id=stable_id(name),
-                    expert_ids=ids,
-                )
+                yield _leaf_inputs(job, part, name, models, curvature, like)
 
     return prepared(part.method, leaves)
 

@@ -26,11 +26,15 @@ def metadata(path: Path, item: str | None) -> Any:
       ValueError: if there is no readable checkpoint, or not the item.
     """
     try:
-        items = dict(ocp.checkpointables_metadata(path).metadata)
+        items = dict(ocp.checkpointables_metadata(str(path)).metadata)
     except ocp.errors.InvalidLayoutError:
         # A tree that an older version of Orbax saved without the name of an item.
-        items = {} if item is None else {item: ocp.metadata(path, checkpointable_name=item).metadata}
-        tree = ocp.metadata(path).metadata if item is None else items[item]
+        items = (
+            {}
+            if item is None
+            else {item: ocp.metadata(str(path), checkpointable_name=item).metadata}
+        )
+        tree = ocp.metadata(str(path)).metadata if item is None else items[item]
     else:
         if item is None and len(items) > 1 and "state" not in items:
             raise ValueError(f"it holds several items, {', '.join(items)}; name one with item:")
@@ -63,7 +67,7 @@ def read(path: Path, item: str | None, tree: Any, names: Collection[str]) -> dic
 
     template = jax.tree_util.tree_map_with_path(place, tree)
     named = {} if item is None else {"checkpointable_name": item}
-    loaded = ocp.load(path, template, **named)
+    loaded = ocp.load(str(path), template, **named)
     flat, _ = jax.tree_util.tree_flatten_with_path(loaded)
     return {path_name(keys): np.asarray(x) for keys, x in flat if path_name(keys) in wanted}
 
@@ -82,7 +86,7 @@ def steps(path: Path) -> dict[int, Path]:
 
 def save_part(path: Path, tree: Any, custom: dict[str, Any]) -> None:
     """Adds arrays to a checkpoint that is being written, all or none, with notes on them."""
-    ocp.partial.save(path, tree, custom_metadata=custom)
+    ocp.partial.save(str(path), tree, custom_metadata=custom)
 
 
 def saved_parts(path: Path) -> list[dict[str, Any]] | None:
@@ -104,7 +108,7 @@ def saved_parts(path: Path) -> list[dict[str, Any]] | None:
 
 def finalize(path: Path) -> None:
     """Puts the saved parts together into one checkpoint."""
-    ocp.partial.finalize(path)
+    ocp.partial.finalize(str(path))
 
 
 def is_partial(path: Path) -> bool:

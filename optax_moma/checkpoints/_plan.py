@@ -1,16 +1,21 @@
 """What a merge would do and what would go wrong, found out before any work."""
 
+import difflib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ..merging import Step
 from ..merging._inputs import checked_inputs, is_float
+from ..merging._leaf import LeafInputs, compute_dtype
+from ..merging._merge import merge_leaf
 from . import _source
 from ._recipe import (
     Recipe,
@@ -279,8 +284,6 @@ def _matches(job: Job, what: str, globs: list[str], names: list[str]) -> list[st
 
 def _closest(glob: str, names: list[str]) -> str:
     """Returns the path that shares most with a glob."""
-    import difflib
-
     plain = re.sub(r"[*?{}]", "", glob)
     score = lambda name: difflib.SequenceMatcher(None, plain, name, autojunk=False).ratio()  # noqa: E731
     return max(names, key=score, default="")
@@ -430,9 +433,7 @@ def _part_problems(job: Job, part: Part) -> list[str]:
                     curvature[expert][name] = Abstract(leaf.shape, jnp.float32)
     elif contract.curvature:
         return []  # Noted when it was looked for.
-    trees = {
-        name: {n: model.leaves[n] for n in part.names} for name, model in job.experts.items()
-    }
+    trees = {name: {n: model.leaves[n] for n in part.names} for name, model in job.experts.items()}
     base = None if job.base is None else {n: job.base.leaves[n] for n in part.names}
     try:
         checked_inputs(contract, trees, base, curvature, part.weights, key_of(job.recipe))
@@ -445,7 +446,7 @@ def _check_base(job: Job) -> None:
     """Reads a matrix or two, and sees whether the experts descend from the base.
 
     Weights of one origin have a cosine near one, of two origins near zero. If some models agree and
-    others do not, a base was mistaken; if none agree, they may as well be noise, which is only told.
+    others do not, a base was mistaken; if none agree they may be noise, which is only told.
     """
     if job.base is None or not job.recipe.check_base:
         return
@@ -471,8 +472,8 @@ def _check_base(job: Job) -> None:
     first = vectors[strangers[0]]
     kin = len(strangers) > 1 and all(_cosine(first, vectors[n]) > 0.9 for n in strangers[1:])
     what = (
-        f"{', '.join(f'expert {n!r}' for n in strangers)}: not fine-tuned from this base, the cosine "
-        f"of {sample[0]} is {_cosine(first, base):.2f}"
+        f"{', '.join(f'expert {n!r}' for n in strangers)}: not fine-tuned from this base, the "
+        f"cosine of {sample[0]} is {_cosine(first, base):.2f}"
     )
     if kin or len(strangers) < len(vectors):
         job.problems.append(what + "; name the right base:, or check_base: false if you are sure")
@@ -492,13 +493,63 @@ def _coverage(job: Job) -> dict[str, tuple[int, int]]:
     }
 
 
-# What Orbax's read and write keep of a group beside its arrays, found by measuring.
-_ORBAX_COPIES = 1.0
+# Fitted to measurements: two groups are in memory as they are read, and what is written twice, once
+# more in the buffers of Orbax, which also keeps a cache.
+_GROUPS = 3.5
+_BUFFERS = 180 << 20
 
 
 def _peak_bytes(job: Job, chunk_bytes: int) -> int:
-    """Predicts the peak memory of this process from the largest group of leaves."""
-    return 0
+    """Predicts the peak memory of this process: itself, the groups, and the largest leaf's work."""
+    sizes = {n: (job.stored_bytes(part, n), part) for part in job.parts for n in part.names}
+    largest = max(size for size, _ in sizes.values())
+    group = min(max(chunk_bytes, largest), sum(size for size, _ in sizes.values()))
+    heaviest: dict[int, tuple[int, str, Part]] = {}
+    for name, (size, part) in sizes.items():
+        if part.method is not None and is_float(job.reference.leaves[name]):
+            kind = hash(jax.tree.structure(part.method))
+            heaviest[kind] = max(heaviest.get(kind, (0, "", part)), (size, name, part), key=_size)
+    work = max((_work_bytes(job, part, name) for _, name, part in heaviest.values()), default=0)
+    return _resident_bytes() + _BUFFERS + int(_GROUPS * group) + work
+
+
+def _size(entry: tuple[int, str, Part]) -> int:
+    return entry[0]
+
+
+def _work_bytes(job: Job, part: Part, name: str) -> int:
+    """Asks the compiler how much memory the merge of a leaf takes beside what goes in and out."""
+    assert part.method is not None
+    k = len(job.experts)
+    curvature = None
+    if job.needs_curvature(part, name):
+        leaf = job.reference.leaves[name]
+        curvature = tuple(v.abstract(name, leaf) for v in job.curvature.values())
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    inputs = LeafInputs(
+        experts=tuple(model.leaves[name] for model in job.experts.values()),
+        base=None if job.base is None else job.base.leaves[name],
+        curvature=curvature,
+        weights=Abstract((k,), jnp.float32),
+        key=key,
+        path_id=Abstract((), jnp.uint32),  # type: ignore[arg-type]
+        expert_ids=Abstract((k,), jnp.uint32),
+    )
+    # A method that still asks for passes cannot be compiled; its largest arrays are the same.
+    if passes(part):
+        size = np.dtype(compute_dtype(inputs.experts)).itemsize
+        return 4 * k * size * int(np.prod(job.reference.leaves[name].shape))
+    analysis = merge_leaf.lower(part.method, inputs).compile().memory_analysis()
+    return analysis.temp_size_in_bytes if analysis is not None else 0
+
+
+def _resident_bytes() -> int:
+    """Returns how much memory this process has now; a usual value where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 280 << 20
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _listed(names: list[str], most: int = 10) -> str:

@@ -69,8 +69,11 @@ def _plain(name: str) -> str:
     return name
 
 
-LocalPath = Annotated[str, BeforeValidator(lambda x: str(x) if isinstance(x, Path) else x)]
-LocalPath = Annotated[LocalPath, AfterValidator(_local)]
+LocalPath = Annotated[
+    str,
+    BeforeValidator(lambda x: str(x) if isinstance(x, Path) else x),
+    AfterValidator(_local),
+]
 Item = Annotated[str, AfterValidator(_plain)]
 Step = Annotated[int, Field(ge=0)] | Literal["latest"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -167,7 +170,9 @@ class Rule(_Strict):
         if self.otherwise is not None and (changes or self.keep):
             raise ValueError("else: names the method, or 'base', and stands alone")
         if self.otherwise is None and bool(changes) == (self.keep is not None):
-            raise ValueError("a rule has either keep:, or at least one of method:, values:, weights:")
+            raise ValueError(
+                "a rule has either keep:, or at least one of method:, values:, weights:"
+            )
         for value in (self.method, self.otherwise):
             if value is not None and value != "base":
                 build_method(value, {})
@@ -237,7 +242,9 @@ class Recipe(_Strict):
             if "base" in (rule.keep, rule.otherwise) and self.base is None:
                 raise ValueError(where + "it keeps the base, but the recipe has no base:")
             if rule.values:
-                first = {k: v[0] if isinstance(v, list) and v else v for k, v in rule.values.items()}
+                first = {
+                    k: v[0] if isinstance(v, list) and v else v for k, v in rule.values.items()
+                }
                 build_method(self.method if rule.method is None else rule.method, first)
         return self
 
@@ -280,7 +287,8 @@ class Recipe(_Strict):
             return cls.model_validate(recipe)
         except ValidationError as error:
             problems = [
-                ".".join(map(str, e["loc"])) + (": " if e["loc"] else "")
+                ".".join(map(str, e["loc"]))
+                + (": " if e["loc"] else "")
                 + e["msg"].removeprefix("Value error, ")
                 for e in error.errors()
             ]

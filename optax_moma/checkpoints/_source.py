@@ -213,7 +213,7 @@ class CurvatureOf(NamedTuple):
             return fields["dense"] if "dense" in fields else Factored(**fields)
         scalars = {field: arrays[stored] for field, stored in need.scalars.items()}
         # The part of the state that holds this leaf, with the field names it is known by.
-        known_by = dict.fromkeys(_curvature._KNOWN_BY[need.kind], {})
+        known_by = {field: {} for field in _curvature._KNOWN_BY[need.kind]}
         state = known_by | {field: {name: x} for field, x in fields.items()} | scalars
         return _curvature.curvature_from(state, {name: leaf}, b2=self.b2)[name]
 
@@ -247,7 +247,12 @@ def open_curvature(
         node = node[int(key)] if isinstance(node, list) else node[key]
     needs: dict[str, Need] = {}
     for kind, tables, scalars in _curvature._sources(node):
-        numbers = {f: x.text for f, x in scalars.items() if f in ("count", "nu_weight")}
+        # An NNX state has its numbers one level deeper, below "value".
+        numbers = {
+            field: jax.tree.leaves(scalars[field])[0].text
+            for field in ("count", "nu_weight")
+            if field in scalars
+        }
         for field in ("nu", "R", "C", "v_row", "v_col", "v"):
             table = tables.get(field, {})
             for name, (_, place) in zip(without_value(list(table)), table.items(), strict=True):
