@@ -1,6 +1,5 @@
 """One leaf of a merge: what goes in, and the record that the steps of a method pass on."""
 
-import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_moma._moments import Factored
+from optax_moma._tree import name_hash
 
 Curvature = jax.Array | Factored
 
@@ -58,7 +58,7 @@ class TaskVectors(NamedTuple):
 
 def stable_id(text: str) -> np.uint32:
     """Returns a number that is the same for a text in every process and on every machine."""
-    return np.uint32(zlib.crc32(text.encode()))
+    return np.uint32(name_hash(text))
 
 
 def task_vectors(inputs: LeafInputs) -> TaskVectors:
