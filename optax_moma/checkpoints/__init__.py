@@ -16,3 +16,4 @@ from ._recipe import Output as Output
 from ._recipe import Recipe as Recipe
 from ._recipe import Rule as Rule
 from ._recipe import Source as Source
+from ._source import inspect as inspect

@@ -532,7 +532,8 @@ def _leaf_inputs(
 ) -> LeafInputs:
     """Returns a leaf as the merge takes it, wide enough for the dtype that the recipe asks for."""
     names = sorted(job.experts)
-    experts, base = [models[expert] for expert in names], models.get("base")
+    experts: list[Any] = [models[expert] for expert in names]
+    base: Any = models.get("base")
     if output_dtype(job.recipe) is not None:
         # The merge is rounded to the base's dtype, or to that of all experts together.
         wide = lambda x: jnp.asarray(x).astype(  # noqa: E731
@@ -545,7 +546,7 @@ def _leaf_inputs(
     return LeafInputs(
         experts=tuple(experts),
         base=base,
-        curvature=curvature and tuple(curvature[expert] for expert in names),
+        curvature=None if curvature is None else tuple(curvature[expert] for expert in names),
         weights=np.array([part.weights[expert] for expert in names]),
         key=key_of(job.recipe),
         path_id=stable_id(name),

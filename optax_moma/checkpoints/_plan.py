@@ -497,6 +497,8 @@ def _coverage(job: Job) -> dict[str, tuple[int, int]]:
 # more in the buffers of Orbax, which also keeps a cache.
 _GROUPS = 3.5
 _BUFFERS = 180 << 20
+# The largest leaf is rarely at work while both groups are whole.
+_WORK = 0.8
 
 
 def _peak_bytes(job: Job, chunk_bytes: int) -> int:
@@ -510,7 +512,7 @@ def _peak_bytes(job: Job, chunk_bytes: int) -> int:
             kind = hash(jax.tree.structure(part.method))
             heaviest[kind] = max(heaviest.get(kind, (0, "", part)), (size, name, part), key=_size)
     work = max((_work_bytes(job, part, name) for _, name, part in heaviest.values()), default=0)
-    return _resident_bytes() + _BUFFERS + int(_GROUPS * group) + work
+    return _resident_bytes() + _BUFFERS + int(_GROUPS * group + _WORK * work)
 
 
 def _size(entry: tuple[int, str, Part]) -> int:
@@ -525,16 +527,16 @@ def _work_bytes(job: Job, part: Part, name: str) -> int:
     if job.needs_curvature(part, name):
         leaf = job.reference.leaves[name]
         curvature = tuple(v.abstract(name, leaf) for v in job.curvature.values())
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    inputs = LeafInputs(
-        experts=tuple(model.leaves[name] for model in job.experts.values()),
-        base=None if job.base is None else job.base.leaves[name],
-        curvature=curvature,
-        weights=Abstract((k,), jnp.float32),
-        key=key,
-        path_id=Abstract((), jnp.uint32),  # type: ignore[arg-type]
-        expert_ids=Abstract((k,), jnp.uint32),
-    )
+    shapes: dict[str, Any] = {
+        "experts": tuple(model.leaves[name] for model in job.experts.values()),
+        "base": None if job.base is None else job.base.leaves[name],
+        "curvature": curvature,
+        "weights": Abstract((k,), jnp.float32),
+        "key": jax.eval_shape(lambda: jax.random.key(0)),
+        "path_id": Abstract((), jnp.uint32),
+        "expert_ids": Abstract((k,), jnp.uint32),
+    }
+    inputs = LeafInputs(**shapes)
     # A method that still asks for passes cannot be compiled; its largest arrays are the same.
     if passes(part):
         size = np.dtype(compute_dtype(inputs.experts)).itemsize

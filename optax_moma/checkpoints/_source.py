@@ -114,6 +114,38 @@ def open_checkpoint(path: Path, item: str | None = None, step: Step = None) -> C
     return Checkpoint(path, item, tree, None)
 
 
+def inspect(
+    path: Path | str, *, item: str | None = None, step: Step = None
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Lists the leaves of a checkpoint, from its metadata alone.
+
+    Args:
+      path: An Orbax checkpoint or a folder of steps; a safetensors file, or a folder of them.
+      item: The name of the tree, in an Orbax checkpoint that has several.
+      step: Which step of a folder of steps; "latest" for the last.
+
+    Returns:
+      Shape and dtype by leaf path.
+
+    Raises:
+      ValueError: if there is nothing that can be read.
+
+    Example:
+      >>> import jax.numpy as jnp, tempfile
+      >>> from orbax.checkpoint import v1 as ocp
+      >>> folder = tempfile.mkdtemp()
+      >>> ocp.save(f"{folder}/a", {"params": {"w": jnp.ones((2, 3))}})
+      >>> inspect(f"{folder}/a")
+      {'params/w': ((2, 3), 'float32')}
+    """
+    leaves = open_checkpoint(Path(path), item, step).leaves
+    return {
+        name: (tuple(leaf.shape), str(leaf.dtype))
+        for name, leaf in leaves.items()
+        if isinstance(leaf, Abstract)
+    }
+
+
 class Model(NamedTuple):
     """The params in a checkpoint.
 
