@@ -97,10 +97,9 @@ def verify(path: Path | str) -> Verified:
         for name in files
         if name in found and _file_digest(found[name]) != files[name]
     ]
-    try:
-        checkpoint = open_checkpoint(path)
-    except ValueError as error:
-        return Verified([*problems, str(error)], 0, 0)
+    if problems:
+        return Verified(problems, 0, 0)  # What is damaged may not even open.
+    checkpoint = open_checkpoint(path)
     problems += [f"the leaf {name} is missing" for name in leaves if name not in checkpoint.leaves]
     problems += [f"the leaf {name} is new" for name in checkpoint.leaves if name not in leaves]
     total = 0

@@ -94,6 +94,8 @@ def saved_parts(path: Path) -> list[dict[str, Any]] | None:
 
     None if the process ended while the parts were being put together: they are of no use then.
     """
+    if path.exists():
+        return [_custom(path)]
     folder = Path(f"{path}.partial_save")
     notes = []
     for part in folder.iterdir() if folder.exists() else ():
@@ -102,7 +104,7 @@ def saved_parts(path: Path) -> list[dict[str, Any]] | None:
         if "tmp" in part.name or not (part / "commit_success.txt").exists():
             shutil.rmtree(part)
         else:
-            notes.append(json.loads((part / "_CHECKPOINT_METADATA").read_text())["custom_metadata"])
+            notes.append(_custom(part))
     return notes
 
 
@@ -114,6 +116,11 @@ def finalize(path: Path) -> None:
 def is_partial(path: Path) -> bool:
     """Whether parts of a checkpoint were saved."""
     return Path(f"{path}.partial_save").exists()
+
+
+def _custom(checkpoint: Path) -> dict[str, Any]:
+    # A part cannot be opened as a checkpoint before it is finalized, but this file is complete.
+    return json.loads((checkpoint / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
 
 
 def _is_array(x: Any) -> bool:

@@ -1,0 +1,196 @@
+"""Killed merges, flipped bits, and memory: the promises of a merge that streams."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from optax_moma import checkpoints
+
+ocp = pytest.importorskip("orbax.checkpoint").v1
+ROOT = Path(__file__).parents[2]
+
+# Merges in a process of its own that kills itself: after a time, or as soon as it finalizes, or
+# when all but the last rename is done.
+KILLED = """
+import os, signal, sys, threading
+from optax_moma import checkpoints
+from optax_moma.checkpoints import _merge, _orbax
+
+recipe, output, moment = sys.argv[1:]
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+finalize = _orbax.finalize
+def dying_finalize(path):
+    threading.Timer(0.004, die).start()
+    finalize(path)
+    die()
+if moment == "finalize":
+    _orbax.finalize = dying_finalize
+elif moment == "manifest":
+    _merge.write_manifest = die
+elif moment != "never":
+    threading.Timer(float(moment), die).start()
+done = checkpoints.merge(recipe, output, chunk_bytes=1)
+print(done.resumed)
+"""
+
+
+def python(code, *arguments):
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def many_leaves(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("many")
+    rng = np.random.default_rng(0)
+    draw = lambda: {f"w{i}": rng.normal(size=(20, 30)).astype(np.float32) for i in range(40)}
+    for name in ("base", "a", "b"):
+        ocp.save(folder / name, draw())
+    recipe = {"base": "base", "experts": {"a": "a", "b": "b"}, "method": "ties"}
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    checkpoints.merge(folder / "recipe.yaml", folder / "unbroken")
+    return folder
+
+
+def test_killed_at_any_moment(many_leaves):
+    recipe, output = many_leaves / "recipe.yaml", many_leaves / "out"
+    rng = np.random.default_rng()
+    moments = [*np.sort(rng.uniform(0.05, 1.0, 2)), "finalize", "manifest"]
+    for moment in moments:
+        killed = python(KILLED, recipe, output, moment)
+        if output.exists():  # It was faster than the timer.
+            assert killed.returncode == 0, killed.stderr
+            break
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+    done = checkpoints.merge(recipe, output, force=output.exists(), chunk_bytes=1)
+    if moments[-1] == "manifest" and killed.returncode:
+        assert done.resumed == 40  # All was written and whole, but not yet in its place.
+    assert checkpoints.verify(output).problems == []
+    assert not output.with_name("out.merging").exists()
+    one, other = (checkpoints.load(many_leaves / name) for name in ("out", "unbroken"))
+    assert all(np.asarray(one[k]).tobytes() == np.asarray(other[k]).tobytes() for k in other)
+    manifests = [
+        json.loads((many_leaves / n / "manifest.json").read_text()) for n in ("out", "unbroken")
+    ]
+    for key in ("leaves", "inputs", "recipe", "versions"):
+        assert manifests[0][key] == manifests[1][key]
+
+
+def test_what_is_resumed_is_checked(many_leaves, monkeypatch):
+    """Damage to what an interrupted run wrote does not reach the output."""
+    recipe, output = many_leaves / "recipe.yaml", many_leaves / "checked"
+    killed = python(KILLED, recipe, output, "manifest")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    staged = output.with_name("checked.merging") / "checkpoint"
+    custom = json.loads((staged / "_CHECKPOINT_METADATA").read_text())
+    custom["custom_metadata"]["leaves"]["w3"] = "0" * 64
+    (staged / "_CHECKPOINT_METADATA").write_text(json.dumps(custom))
+    with pytest.raises(ValueError, match=r"w3 differs.*cleared away: merge again"):
+        checkpoints.merge(recipe, output)
+    assert not output.exists()
+    assert checkpoints.merge(recipe, output).resumed == 0
+    assert checkpoints.verify(output).problems == []
+
+
+def test_another_recipe_does_not_resume(many_leaves):
+    recipe, output = many_leaves / "recipe.yaml", many_leaves / "other"
+    killed = python(KILLED, recipe, output, "manifest")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    other = {"experts": {n: str(many_leaves / n) for n in "ab"}, "method": "average"}
+    done = checkpoints.merge(other, output)
+    assert done.resumed == 0
+    a, b, merged = (checkpoints.load(many_leaves / n)["w0"] for n in ("a", "b", "other"))
+    np.testing.assert_allclose(merged, (a + b) / 2, rtol=1e-6)
+
+
+def flip(file: Path, bit: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[bit // 8] ^= 1 << (bit % 8)
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["out", "out.safetensors"])
+def test_any_flipped_bit_is_found(world, tmp_path, name):
+    recipe = world.recipe("average", ignore=["blocks/**"])
+    output = tmp_path / name
+    checkpoints.merge(recipe, output)
+    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    rng = np.random.default_rng()
+    assert checkpoints.verify(output).problems == []
+    for file in files:
+        bit = int(rng.integers(8 * file.stat().st_size)) if file.stat().st_size else None
+        if bit is None:
+            continue
+        flip(file, bit)
+        assert checkpoints.verify(output).problems, (file, bit)
+        flip(file, bit)
+    assert checkpoints.verify(output).problems == []
+    extra = output / "extra" if output.is_dir() else None
+    if extra:
+        extra.write_text("x")
+        assert checkpoints.verify(output).problems == ["the file extra is not in the manifest"]
+
+
+def test_a_flipped_bit_of_an_input_with_a_manifest(world, tmp_path):
+    """Merge finds it too: the numbers are still numbers, only the digest tells."""
+    checkpoints.merge(world.recipe("average", ignore=["blocks/**"]), tmp_path / "a.safetensors")
+    recipe = {"method": "average", "experts": {"a": str(tmp_path / "a.safetensors")}}
+    assert checkpoints.merge(recipe, tmp_path / "fine").leaves == 10
+    file = tmp_path / "a.safetensors"
+    flip(file, 8 * (file.stat().st_size - 100))
+    with pytest.raises(ValueError, match=r"expert 'a'.*the bytes differ from the manifest"):
+        checkpoints.merge(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_verify_needs_a_manifest(world):
+    with pytest.raises(ValueError, match="has no manifest"):
+        checkpoints.verify(world.folder / "base")
+    with pytest.raises(ValueError, match="does not exist"):
+        checkpoints.verify(world.folder / "nowhere")
+
+
+PEAK = """
+import json, re, sys
+from pathlib import Path
+from optax_moma import checkpoints
+folder, recipe = sys.argv[1], sys.argv[1] + "/recipe.yaml"
+predicted = checkpoints.plan(recipe, chunk_bytes=12 << 20).peak_bytes
+checkpoints.merge(recipe, folder + "/out", chunk_bytes=12 << 20)
+# Not getrusage, whose maximum a process inherits from the one that started it.
+peak = 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
+print(json.dumps([peak, predicted]))
+"""
+
+
+def test_memory_does_not_grow_with_the_layers(tmp_path):
+    """Layers of 4 MB; the second model has twice as many."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("the system does not tell a process's peak memory")
+    peaks = []
+    for layers in (12, 24):
+        folder = tmp_path / f"{layers}"
+        rng = np.random.default_rng(0)
+        for name in ("base", "a", "b"):
+            tree = {f"w{i}": rng.random((1024, 1024), np.float32) for i in range(layers)}
+            ocp.save(folder / name, tree)
+        recipe = {"base": "base", "experts": {"a": "a", "b": "b"}, "method": "ties"}
+        (folder / "recipe.yaml").write_text(json.dumps(recipe))
+        done = python(PEAK, folder)
+        assert done.returncode == 0, done.stderr
+        peaks.append(json.loads(done.stdout))
+    (small, _), (large, predicted) = peaks
+    assert large < small + 12 * 3 * (4 << 20) / 4  # a quarter of what was added
+    assert large < 1.2 * predicted

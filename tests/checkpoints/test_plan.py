@@ -1,0 +1,167 @@
+"""Recipes, globs, plans, comparisons and files of curvature."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_moma as om
+from optax_moma import checkpoints
+from optax_moma.checkpoints import Expert, Recipe, Rule
+from optax_moma.checkpoints._recipe import glob_matches, interpolated
+
+ocp = pytest.importorskip("orbax.checkpoint").v1
+
+
+@pytest.mark.parametrize(
+    ("glob", "yes", "no"),
+    [
+        ("a/*", ["a/b"], ["a", "a/b/c", "b/a/b"]),
+        ("a/**", ["a", "a/b", "a/b/c"], ["ab/c"]),
+        ("**/b", ["b", "a/b", "c/a/b"], ["ab", "a/cb"]),
+        ("**", ["a", "a/b"], []),
+        ("a?c/*", ["abc/d"], ["ac/d", "a/c/d"]),
+        ("l_{0..10}/w", ["l_0/w", "l_10/w"], ["l_11/w", "l_1"]),
+        ("{a,b.c}/w", ["a/w", "b.c/w"], ["bxc/w", "c/w"]),
+        ("a,b", ["a,b"], ["a"]),
+        ("a.b(c)", ["a.b(c)"], ["axb(c)"]),
+    ],
+)
+def test_globs(glob, yes, no):
+    assert glob_matches([glob], [*yes, *no]) == yes
+
+
+def test_gradient_values():
+    assert [interpolated([0.0, 1.0, 0.0], x) for x in (0, 0.25, 0.5, 1)] == [0, 0.5, 1, 0]
+
+
+def test_a_recipe_in_yaml_is_the_recipe_in_python(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("""
+        base: {path: base, params: params}
+        experts:
+          math: {path: math, weight: 0.5, curvature: opt_state}
+          code: code
+        method: {name: moma, density: 0.3}
+        rules:
+          - {match: ["**/bias", "**/scale"], method: average}
+          - {match: "layers_*/**", values: {density: [0.2, 0.4]}}
+          - {else: base}
+        seed: 3
+        output: {dtype: bfloat16}
+    """)
+    recipe = Recipe(
+        base={"path": "base", "params": "params"},
+        experts={"math": Expert(path="math", weight=0.5, curvature="opt_state"), "code": "code"},
+        method={"name": "moma", "density": 0.3},
+        rules=[
+            Rule(match=["**/bias", "**/scale"], method="average"),
+            Rule(match="layers_*/**", values={"density": [0.2, 0.4]}),
+            Rule(otherwise="base"),
+        ],
+        seed=3,
+        output={"dtype": "bfloat16"},
+    )
+    loaded = Recipe.load(tmp_path / "recipe.yaml")
+    assert loaded.model_dump() == recipe.model_dump()
+    assert loaded.where("base") == tmp_path / "base"
+
+
+def test_plan_counts(world):
+    rules = [
+        {"match": "layers_*/kernel", "keep": "math"},
+        {"match": ["**/bias", "embedding"], "method": "average"},
+    ]
+    found = checkpoints.plan(world.recipe("moma", rules=rules))
+    assert found.problems == []
+    sizes = {
+        n: math.prod(s) * np.dtype(d).itemsize
+        for n, (s, d) in checkpoints.inspect(world.folder / "base").items()
+    }
+    assert found.leaves == len(sizes) == 12
+    assert found.write_bytes == sum(sizes.values())
+    kept = sum(sizes[f"layers_{i}/kernel"] for i in range(3))
+    read_alike = 3 * (sum(sizes.values()) - kept) + kept
+    # What is merged by moma reads second moments too: R, C of the matrices, nu of the rest.
+    assert read_alike < found.read_bytes < read_alike + 3 * sum(sizes.values())
+    assert found.rules == [
+        ("layers_*/kernel", 3),
+        ("**/bias, embedding", 4),
+        ("(no rule)", 5),
+    ]
+    assert found.coverage == {"code": (4, 4), "math": (4, 4)}
+    assert found.passes == 1 and found.peak_bytes > 1e8
+
+
+def test_plan_of_two_passes(world):
+    steps = [{"name": "trim", "density": 0.3, "scope": "global"}, "elect", "mean"]
+    one, three = checkpoints.plan(world.recipe("ties")), checkpoints.plan(world.recipe(steps))
+    assert (one.passes, three.passes) == (1, 3)
+    assert three.read_bytes == 3 * one.read_bytes
+
+
+def test_plan_reads_metadata_only(world, monkeypatch):
+    from optax_moma.checkpoints import _orbax
+
+    def read(*_):
+        raise AssertionError("plan reads arrays")
+
+    monkeypatch.setattr(_orbax, "read", read)
+    recipe = world.recipe("moma", check_base=False)
+    assert checkpoints.plan(recipe).problems == []
+
+
+@pytest.mark.parametrize("kind", ["moma", "adam", "adafactor"])
+def test_a_file_of_curvature(world, tmp_path, equal_bits, kind):
+    """Merging with the file gives the bits of merging with the state it came from."""
+    tx = {
+        "moma": om.moma(1e-3, rank=2, min_dim_size_to_factor=16),
+        "adam": optax.adam(1e-3, b2=0.99),
+        "adafactor": optax.adafactor(1e-3, min_dim_size_to_factor=8),
+    }[kind]
+    floats = {k: v for k, v in world.base.items() if k not in ("buckets", "blocks")}
+    grads = jax.tree.map(lambda x: jnp.abs(x) * 1e-3, floats)
+    state = jax.jit(tx.update)(grads, tx.init(floats), floats)[1]
+    ocp.save(tmp_path / "math", {"params": world.experts["math"], "opt_state": state})
+    recipe = world.recipe("moma", ignore=["blocks/**", "buckets"])
+    recipe["experts"]["math"] = {"path": str(tmp_path / "math"), "curvature": {"b2": 0.99}}
+    checkpoints.merge(recipe, tmp_path / "state")
+
+    source = checkpoints.CurvatureSource(b2=0.99, missing=0.0)
+    file = tmp_path / "math.safetensors"
+    size = checkpoints.export_curvature(tmp_path / "math", file, source=source)
+    assert size == file.stat().st_size
+    recipe["experts"]["math"]["curvature"] = str(file)
+    checkpoints.merge(recipe, tmp_path / "file")
+    equal_bits(checkpoints.load(tmp_path / "file"), checkpoints.load(tmp_path / "state"))
+
+    with pytest.raises(FileExistsError):
+        checkpoints.export_curvature(tmp_path / "math", file, source=source)
+    with pytest.raises(ValueError, match="no curvature for blocks/0/w"):
+        checkpoints.export_curvature(tmp_path / "math", file, force=True)
+
+
+def test_compare(tmp_path):
+    base = {"w": np.float32([[3.0, 4.0]]), "still": np.ones(3, np.float32), "n": np.arange(2)}
+    a, b = dict(base), dict(base)
+    a["w"], b["w"] = base["w"] + [[1.0, 1.0]], base["w"] + [[-1.0, 2.0]]
+    a["w"], b["w"] = a["w"].astype(np.float32), b["w"].astype(np.float32)
+    va, vb = np.float32([[4.0, 0.0]]), np.float32([[1.0, 3.0]])
+    ocp.save(tmp_path / "base", base)
+    for name, params, v in (("a", a, va), ("b", b, vb)):
+        adam = optax.ScaleByAdamState(jnp.int32(100000), {"w": v}, {"w": v})
+        ocp.save(tmp_path / name, {"params": params, "opt_state": (adam, optax.EmptyState())})
+    first, last = checkpoints.compare(tmp_path / "base", tmp_path / "a", tmp_path / "b")
+    assert (first.name, last.name) == ("w", "still")
+    np.testing.assert_allclose(first.drift, [math.sqrt(2) / 5, math.sqrt(5) / 5], rtol=1e-6)
+    assert first.conflict == pytest.approx(1 - (0 + 3) / (2 + 3))
+    # sqrt(v): (2, 0) and (1, sqrt 3)
+    assert first.overlap == pytest.approx(2 / (2 * 2))
+    assert last.drift == (0.0, 0.0) and last.conflict == 0.0 and last.overlap is None
+
+    ocp.save(tmp_path / "c", {"w": np.ones((2, 2), np.float32)})
+    with pytest.raises(ValueError, match="2 problems") as caught:
+        checkpoints.compare(tmp_path / "base", tmp_path / "c")
+    assert "lacks n, still" in str(caught.value) and "shape (2, 2)" in str(caught.value)
