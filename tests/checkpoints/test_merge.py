@@ -16,16 +16,11 @@ ocp = ocp_v0.v1
 
 METHODS = {
     "average": ("average", merging.average()),
-    "task arithmetic": (
-        {"name": "task_arithmetic", "scale": 0.4},
-        merging.task_arithmetic(0.4),
-    ),
     "ties": ({"name": "ties", "density": 0.3}, merging.ties(0.3)),
     "dare": ({"name": "dare", "density": 0.5}, merging.dare(0.5)),
     "della": ({"name": "della", "density": 0.5}, merging.della(0.5)),
     "fisher": ("fisher", merging.fisher()),
     "moma": ("moma", merging.moma()),
-    "slerp": ("slerp", merging.slerp()),
     "global ties": (
         [{"name": "trim", "density": 0.3, "scope": "global"}, "elect", "mean"],
         merging.chain(merging.trim(0.3, scope="global"), merging.elect(), merging.mean()),
