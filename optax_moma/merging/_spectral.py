@@ -25,7 +25,8 @@ def _polar(x: jax.Array) -> jax.Array:
 
 
 def _svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return tuple(jnp.linalg.svd(x, full_matrices=False))
+    u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+    return u, s, vt
 
 
 def _leading(x: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
