@@ -29,8 +29,8 @@ from optax_moma.demo.report import (
 from optax_moma.demo.tasks import Split, make_tasks, read_texts
 from optax_moma.demo.training import Expert, Problem, Settings
 
-QUICK = Settings(train=192, dev=32, test=128, length=16, batch=16)
-"""A tenth of the training, on the shortest texts."""
+QUICK = Settings(train=128, dev=32, test=128, length=16, batch=16)
+"""A sixteenth of the training, on the shortest texts."""
 SCALES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 """The grid for every method that has a scale."""
 SAVED = "moma"
