@@ -41,7 +41,7 @@ def fail(message: str) -> NoReturn:
 def demo(
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="A sixteenth of the training, under a minute: to look around."),
+        typer.Option("--quick", help="A sixteenth of the training: to look around in a minute."),
     ] = False,
     seed: Annotated[
         int,

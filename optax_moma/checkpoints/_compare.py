@@ -91,7 +91,7 @@ def _curvature_in(model: Model) -> CurvatureOf | None:
     if model.checkpoint.tensors is not None:
         return None
     try:
-        return open_curvature(model.checkpoint, None, 0.999, None)
+        return open_curvature(model, model.checkpoint, None, 0.999, None)
     except ValueError:
         return None
 

@@ -66,7 +66,7 @@ def export_curvature(
     opened = open_checkpoint(Path(checkpoint), item, step)
     model = open_model(str(checkpoint), opened, params)
     source = source or CurvatureSource()
-    curvature = open_curvature(opened, source.tree, source.b2, source.missing)
+    curvature = open_curvature(model, opened, source.tree, source.b2, source.missing)
     floats = [n for n, x in model.leaves.items() if jnp.issubdtype(x.dtype, jnp.floating)]
     uncovered = [n for n in floats if n not in curvature.needs and source.missing is None]
     if uncovered:

@@ -395,9 +395,9 @@ def _open_curvature(job: Job) -> None:
                     "export-curvature wrote with curvature: {path: ...}"
                 )
             job.curvature[name] = (
-                _source.open_curvature(checkpoint, source.tree, source.b2, source.missing)
+                _source.open_curvature(model, checkpoint, source.tree, source.b2, source.missing)
                 if source
-                else _source.open_curvature(checkpoint, None, 0.999, None)
+                else _source.open_curvature(model, checkpoint, None, 0.999, None)
             )
         except ValueError as error:
             job.problems.append(f"the curvature of {model.label}: {error}")

@@ -257,11 +257,15 @@ class CurvatureOf(NamedTuple):
 
 
 def open_curvature(
-    checkpoint: Checkpoint, tree: str | None, b2: float, missing: float | None
+    model: Model, checkpoint: Checkpoint, tree: str | None, b2: float, missing: float | None
 ) -> CurvatureOf:
     """Finds what knows the curvature of each leaf: a file of curvature, or an optimizer's state.
 
+    The optimizer may have trained more than the model, an encoder and its head for example: then
+    its state knows a leaf by a longer part of the leaf's path in the checkpoint.
+
     Args:
+      model: The params that the curvature is of.
       checkpoint: Where to look.
       tree: The path of the optimizer's state in it; None to look everywhere.
       b2: The decay of Adam's and umtam's second moments.
@@ -271,7 +275,7 @@ def open_curvature(
       ValueError: if there is none.
     """
     if checkpoint.tensors is not None:
-        return CurvatureOf(checkpoint, _needs_of_file(checkpoint), b2, missing)
+        return CurvatureOf(checkpoint, _of_model(model, _needs_of_file(checkpoint)), b2, missing)
     names, _ = named_leaves(checkpoint.tree)
     # Each leaf stands for itself by its name, so the places of fields come back as names.
     node = jax.tree.structure(checkpoint.tree).unflatten([_Name(name) for name in names])
@@ -297,7 +301,19 @@ def open_curvature(
             + (f" at {tree}" if tree else "")
             + "; name the state with curvature:, or a file that export-curvature wrote"
         )
-    return CurvatureOf(checkpoint, needs, b2, missing)
+    return CurvatureOf(checkpoint, _of_model(model, needs), b2, missing)
+
+
+def _of_model(model: Model, needs: dict[str, Need]) -> dict[str, Need]:
+    """The needs by the model's own leaf paths: the longest path that is known is the leaf's."""
+    found = {}
+    for name, stored in model.stored.items():
+        above = stored.removesuffix("/value").removesuffix(name).strip("/").split("/")
+        paths = ["/".join([*above[i:], name]) for i in range(len(above))] + [name]
+        known = next((path for path in paths if path in needs), None)
+        if known is not None:
+            found[name] = needs[known]
+    return found
 
 
 @dataclass(frozen=True)

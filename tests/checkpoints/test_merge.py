@@ -285,3 +285,31 @@ def test_progress_ends_at_the_total(world, tmp_path):
     )
     done = [d for d, _ in seen]
     assert done == sorted(done) and done[-1] == seen[-1][1] and len(seen) > 4
+
+
+def test_curvature_of_a_part_that_was_trained_with_more(tmp_path):
+    """An encoder trained with a head, both with a leaf of one name: the encoder's is taken."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    whole = lambda: {"encoder": {"kernel": draw(8, 8)}, "kernel": draw(8, 8)}
+    tx, base, trees, curvature = optax.adam(1e-3), draw(8, 8), {}, {}
+    ocp.save(str(tmp_path / "base"), {"kernel": base})
+    for name in ("a", "b"):
+        params = whole()
+        _, state = tx.update(whole(), tx.init(params), params)
+        ocp.save(str(tmp_path / name), {"params": params, "opt_state": state})
+        trees[name] = params["encoder"]
+        curvature[name] = om.curvature_from(state, params)["encoder"]
+    recipe = checkpoints.Recipe.model_validate(
+        {
+            "base": str(tmp_path / "base"),
+            "experts": {n: {"path": str(tmp_path / n), "params": "params/encoder"} for n in trees},
+            "method": "fisher",
+            "check_base": False,
+        }
+    )
+    checkpoints.merge(recipe, tmp_path / "merged")
+    expected = om.merge(om.merging.fisher(), trees, base={"kernel": base}, curvature=curvature)
+    np.testing.assert_array_equal(
+        checkpoints.load(tmp_path / "merged")["kernel"], expected["kernel"]
+    )
