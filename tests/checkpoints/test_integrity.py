@@ -171,12 +171,17 @@ print(json.dumps([peak, predicted]))
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_layers(tmp_path):
-    """Layers of 4 MB; the second model has twice as many."""
+    """Layers of 4 MB; the second model has three times as many.
+
+    Among the slow tests: a peak depends on the allocator and on what else the machine does, by some
+    50 MB here, so only models much larger than that can tell.
+    """
     if not Path("/proc/self/status").exists():
         pytest.skip("the system does not tell a process's peak memory")
     peaks = []
-    for layers in (12, 24):
+    for layers in (16, 48):
         folder = tmp_path / f"{layers}"
         rng = np.random.default_rng(0)
         for name in ("base", "a", "b"):
@@ -188,5 +193,5 @@ def test_memory_does_not_grow_with_the_layers(tmp_path):
         assert done.returncode == 0, done.stderr
         peaks.append(json.loads(done.stdout))
     (small, _), (large, predicted) = peaks
-    assert large < small + 12 * 3 * (4 << 20) / 4  # a quarter of what was added
+    assert large < small + 32 * 3 * (4 << 20) / 4  # a quarter of what was added
     assert large < 1.2 * predicted
