@@ -43,9 +43,11 @@ def metadata(path: Path, item: str | None) -> Any:
         tree = items[item or ("state" if "state" in items else next(iter(items)))]
     if tree is None:
         raise ValueError("its arrays cannot be opened; it is damaged, or not a tree of arrays")
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if _is_array(x) else x, tree
-    )
+    # Files hold 64-bit integers whatever JAX computes in.
+    with jax.enable_x64(True):
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if _is_array(x) else x, tree
+        )
 
 
 def read(path: Path, item: str | None, tree: Any, names: Collection[str]) -> dict[str, np.ndarray]:

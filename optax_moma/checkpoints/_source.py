@@ -252,7 +252,11 @@ class CurvatureOf(NamedTuple):
     def abstract(self, name: str, leaf: Abstract) -> Any:
         """Returns the shapes and dtypes of ``assembled``."""
         need = self.needs.get(name)
-        arrays = {n: self.checkpoint.leaves[n] for n in need.names} if need else {}
+        # A file's 64-bit step count is one of 32 bits wherever JAX does not compute in 64.
+        arrays = {
+            n: Abstract(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
+            for n, x in ((n, self.checkpoint.leaves[n]) for n in (need.names if need else ()))
+        }
         return jax.eval_shape(lambda arrays: self.assembled(name, leaf, arrays), arrays)
 
 
