@@ -15,7 +15,7 @@ from ._tree import at_least_float32, named_leaves, unboxed
 Curvature = jax.Array | Factored
 
 
-class _Source(NamedTuple):
+class Source(NamedTuple):
     """A part of an optimizer's state that knows second moments.
 
     Attributes:
@@ -31,7 +31,7 @@ class _Source(NamedTuple):
 
 # The fields by which a state is known, whatever its container: a NamedTuple, or the dictionary that
 # a checkpoint gives back when it is restored without the optimizer's code. The first match counts.
-_KNOWN_BY = {
+KNOWN_BY = {
     "moma": ("U", "s", "V", "R", "C", "mu_weight", "nu_weight"),
     "umtam": ("U", "s", "V", "R", "C", "base"),
     "adafactor": ("count", "v_row", "v_col", "v"),
@@ -85,8 +85,8 @@ def curvature_from(
     form: Mahdavinia and Mahdavi, "OTA-Merging", arXiv 2509.11167.
     """
     params = unboxed(params)
-    sources = list(_sources(_plain(opt_state)))
-    if not sources:
+    found_in = list(sources(_plain(opt_state)))
+    if not found_in:
         raise ValueError(
             "no curvature found in opt_state: it holds no state of moma, umtam, Adam, AdamW or"
             f" Adafactor, only {_describe(opt_state)}. Pass the whole state of the optimizer that"
@@ -97,7 +97,7 @@ def curvature_from(
     if weight_dimension_numbers is not None:
         axes = layouts(params, weight_dimension_numbers, min_dim_size_to_factor=1)
     found = [
-        _leaf_curvature(name, leaf, sources, layout, b2)
+        _leaf_curvature(name, leaf, found_in, layout, b2)
         for name, leaf, layout in zip(names, leaves, axes, strict=True)
     ]
     uncovered = [name for name, v in zip(names, found, strict=True) if v is None]
@@ -193,10 +193,10 @@ def _children(node: Any) -> dict[str, Any]:
     return {}
 
 
-def _sources(node: Any) -> Iterator[_Source]:
+def sources(node: Any) -> Iterator[Source]:
     """Every state below ``node`` that knows second moments, outermost first."""
     fields = _children(node)
-    for kind, known_by in _KNOWN_BY.items():
+    for kind, known_by in KNOWN_BY.items():
         if all(field in fields for field in known_by):
             scalars = {"count", "mu_weight", "nu_weight"} & fields.keys()
             # A masked leaf has no array here, nor in a checkpoint.
@@ -205,21 +205,21 @@ def _sources(node: Any) -> Iterator[_Source]:
                 for field, tree in fields.items()
                 if field not in scalars
             }
-            yield _Source(kind, tables, {field: fields[field] for field in scalars})
+            yield Source(kind, tables, {field: fields[field] for field in scalars})
             return
     for child in fields.values():
-        yield from _sources(child)
+        yield from sources(child)
 
 
 def _leaf_curvature(
     name: str,
     leaf: Any,
-    sources: list[_Source],
+    found_in: list[Source],
     layout: Layout | None,
     b2: Scalar,
 ) -> Curvature | None:
     """The first estimate that any part of the state holds of this leaf."""
-    for kind, tables, scalars in sources:
+    for kind, tables, scalars in found_in:
         part = {field: table[name] for field, table in tables.items() if name in table}
         if kind == "adafactor":
             v = _adafactor(leaf, part.get("v_row"), part.get("v_col"), part.get("v"))

@@ -1,5 +1,6 @@
 """Merges of checkpoints of any size, streamed: the same bits as merges in memory."""
 
+from ..merging import MergeError as MergeError
 from ._compare import LeafComparison as LeafComparison
 from ._compare import compare as compare
 from ._curvature_file import export_curvature as export_curvature

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .._curvature import dense
-from ._recipe import problem_error
+from ..merging import MergeError
 from ._source import CurvatureOf, Model, open_checkpoint, open_curvature, open_model
 
 
@@ -70,7 +70,7 @@ def compare(
     ]
     problems = [problem for model in models[1:] for problem in _mismatches(models[0], model)]
     if problems:
-        raise problem_error("Cannot compare,", problems)
+        raise MergeError("Cannot compare,", problems)
     curvatures = [_curvature_in(model) for model in models[1:]]
     floats = [n for n, x in models[0].leaves.items() if jnp.issubdtype(x.dtype, jnp.floating)]
     found = [_compared(name, models, curvatures) for name in floats]

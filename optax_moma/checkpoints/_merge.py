@@ -21,13 +21,13 @@ import numpy as np
 
 from .. import merging
 from .._tree import path_name
-from ..merging._inputs import is_float
+from ..merging._inputs import MergeError, is_float
 from ..merging._leaf import LeafInputs, stable_id
 from ..merging._merge import merge_leaf, prepared
 from . import _orbax, _safetensors
 from ._manifest import differing, digest, write_manifest
 from ._plan import CHUNK_BYTES, Job, Part, open_job, passes, problems_of, raise_problems
-from ._recipe import Recipe, key_of, output_dtype, problem_error
+from ._recipe import Recipe, key_of, output_dtype
 from ._source import Abstract, Checkpoint, manifest_path, open_checkpoint, open_model
 
 Progress = Callable[[int, int], None]
@@ -170,7 +170,7 @@ def merge(
     if faults:
         sink.close()
         shutil.rmtree(staging)
-        raise problem_error("Cannot merge,", list(dict.fromkeys(faults)))
+        raise MergeError("Cannot merge,", list(dict.fromkeys(faults)))
     resumed = [name for unit in units if unit not in left for name in unit]
     _commit(job, sink, staging, output, done, resumed)
     written_bytes = sum(_bytes(job.merged_leaf(t.part, t.name)) for t in tasks.values())
@@ -575,7 +575,7 @@ def _prepared(
         groups = _groups(tasks, chunk_bytes)
         for group, arrays in _ahead(reader, lambda group: _read(job, group, meter), groups):
             if any(arrays.faults.values()):
-                raise problem_error("Cannot merge,", [f for v in arrays.faults.values() for f in v])
+                raise MergeError("Cannot merge,", [f for v in arrays.faults.values() for f in v])
             for name, _, _ in group:
                 models = {label: found[name] for label, found in arrays.models.items()}
                 curvature = _curvature_of(job, part, name, arrays)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..merging import Step
+from ..merging import MergeError, Step
 from ..merging._inputs import checked_inputs, is_float
 from ..merging._leaf import LeafInputs, compute_dtype
 from ..merging._merge import merge_leaf
@@ -24,7 +24,6 @@ from ._recipe import (
     interpolated,
     key_of,
     output_dtype,
-    problem_error,
 )
 from ._source import Abstract, CurvatureOf, Model
 
@@ -245,15 +244,14 @@ def passes(part: Part) -> int:
 
 
 def problems_of(error: ValueError) -> list[str]:
-    """Returns the single problems that an error of the merging functions lists."""
-    first, *rest = str(error).split("\n- ")
-    return rest or [first]
+    """Returns all that an error says is wrong."""
+    return error.problems if isinstance(error, MergeError) else [str(error)]
 
 
 def raise_problems(job: Job) -> None:
     """Raises if anything is wrong."""
     if job.problems:
-        raise problem_error("Cannot merge,", job.problems)
+        raise MergeError("Cannot merge,", job.problems)
 
 
 def _opened(job: Job, label: str, source: Any) -> Model | None:

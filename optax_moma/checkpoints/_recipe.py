@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from .. import merging
+from ..merging import MergeError
 
 
 class _Strict(BaseModel):
@@ -292,13 +293,7 @@ class Recipe(_Strict):
                 + e["msg"].removeprefix("Value error, ")
                 for e in error.errors()
             ]
-            raise problem_error(f"The recipe{' ' if name else ''}{name} has", problems) from None
-
-
-def problem_error(start: str, problems: list[str]) -> ValueError:
-    """Returns an error that lists all that is wrong."""
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return ValueError(f"{start} {count}:" + "".join(f"\n- {p}" for p in problems))
+            raise MergeError(f"The recipe{' ' if name else ''}{name} has", problems) from None
 
 
 class _UniqueKeys(yaml.SafeLoader):

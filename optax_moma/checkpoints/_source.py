@@ -245,7 +245,7 @@ class CurvatureOf(NamedTuple):
             return fields["dense"] if "dense" in fields else Factored(**fields)
         scalars = {field: arrays[stored] for field, stored in need.scalars.items()}
         # The part of the state that holds this leaf, with the field names it is known by.
-        known_by = {field: {} for field in _curvature._KNOWN_BY[need.kind]}
+        known_by = {field: {} for field in _curvature.KNOWN_BY[need.kind]}
         state = known_by | {field: {name: x} for field, x in fields.items()} | scalars
         return _curvature.curvature_from(state, {name: leaf}, b2=self.b2)[name]
 
@@ -286,7 +286,7 @@ def open_curvature(
     for key in () if tree is None else _split(checkpoint.tree, tree):
         node = node[int(key)] if isinstance(node, list) else node[key]
     needs: dict[str, Need] = {}
-    for kind, tables, scalars in _curvature._sources(node):
+    for kind, tables, scalars in _curvature.sources(node):
         # An NNX state has its numbers one level deeper, below "value".
         numbers = {
             field: jax.tree.leaves(scalars[field])[0].text

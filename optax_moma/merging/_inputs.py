@@ -16,6 +16,34 @@ Path = tuple[str, ...]
 Leaves = dict[Path, Any]
 
 
+class MergeError(ValueError):
+    """All that is wrong with the inputs of a merge, said at once.
+
+    Attributes:
+      start: How the message starts: "Cannot merge,".
+      problems: What is wrong, one text each.
+
+    Example:
+      >>> from optax_moma import merging
+      >>> try:
+      ...     merging.merge(merging.ties(), [{"w": jnp.ones(2)}, {"w": jnp.ones(3)}])
+      ... except merging.MergeError as error:
+      ...     print(len(error.problems), error.problems[1])
+      2 expert 1, w: shape (3,), but expert 0 has (2,); merge models of one architecture and one
+      vocabulary
+    """
+
+    def __init__(self, start: str, problems: Sequence[str]):
+        """Keeps the problems, and lists them in the message."""
+        self.start, self.problems = start, list(problems)
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__(f"{start} {count}:" + "".join(f"\n- {p}" for p in self.problems))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Lets the error travel between processes."""
+        return type(self), (self.start, self.problems)
+
+
 class Checked(NamedTuple):
     """The inputs of a merge, matched by path.
 
@@ -58,7 +86,7 @@ def checked_inputs(
     ]
     problems = _unmet(contract, len(names), base, curvature, key)
     if not trees:
-        raise _error(problems)
+        raise MergeError("Cannot merge,", problems)
 
     leaves = [_leaves(tree) for tree in trees]
     base_leaves = None if base is None else _leaves(base)
@@ -87,7 +115,7 @@ def checked_inputs(
     say = _weights(contract, weights, experts, names, problems)
     problems += _faulty_values(models, curvatures, wanted, gram=contract.gram)
     if problems:
-        raise _error(problems)
+        raise MergeError("Cannot merge,", problems)
     return Checked(
         names=names,
         treedef=jax.tree_util.tree_structure(trees[0] if base is None else base),
@@ -102,11 +130,6 @@ def checked_inputs(
 def is_float(x: Any) -> bool:
     """Whether a leaf is one that merges average: real floating point."""
     return _kind(x) == "float"
-
-
-def _error(problems: Sequence[str]) -> ValueError:
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return ValueError(f"Cannot merge, {count}:" + "".join(f"\n- {p}" for p in problems))
 
 
 def _by_name(argument: str, trees: Any) -> tuple[list[str], list[Any]]:

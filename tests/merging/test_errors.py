@@ -1,5 +1,7 @@
 """Every wrong input is named: what, where, whose, and what to do."""
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from optax_moma._moments import Factored
 from optax_moma.merging import (
+    MergeError,
     average,
     chain,
     dare,
@@ -94,6 +97,16 @@ def test_all_problems_are_listed_at_once():
     ]:
         assert part in text, text
     assert text.startswith("Cannot merge, 7 problems:") and text.count("\n- ") == 7, text
+
+
+def test_the_problems_are_an_attribute_of_the_error():
+    with pytest.raises(MergeError) as caught:
+        merge(ota(), {"a": params(bias=None), "b": params()}, weights={"a": 1, "b": -2})
+    error = caught.value
+    assert isinstance(error, ValueError) and len(error.problems) == 4
+    assert str(error) == "Cannot merge, 4 problems:\n- " + "\n- ".join(error.problems)
+    again = pickle.loads(pickle.dumps(error))
+    assert str(again) == str(error) and again.problems == error.problems
 
 
 def test_what_the_contract_asks_for():
