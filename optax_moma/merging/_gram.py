@@ -1,6 +1,7 @@
 """Merges of matrices that solve a least-squares problem: RegMean, WUDI.
 
-Kernels are (fan-in, fan-out), as in Flax: the papers' matrices are their transposes.
+Kernels are (fan-in, fan-out), as in Flax: the papers' matrices are their transposes. Each step here
+merges one matrix, and ``EachMatrix`` finds the matrices of a leaf.
 """
 
 from dataclasses import dataclass, field
@@ -9,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_moma._checks import check_integer
 from optax_moma.merging import _metric, _steps
 from optax_moma.merging._contract import Contract, check_number
 from optax_moma.merging._leaf import TaskVectors, combined, heard, per_expert, sum_experts
+from optax_moma.merging._matrices import EachMatrix, check_axes
 from optax_moma.merging._steps import Chain, Number, chain
 
 
@@ -23,16 +26,11 @@ class RegMean:
     ratio: Number
     ridge: Number
 
-    @property
-    def contract(self) -> Contract:
-        """Grams."""
-        return Contract(curvature=True, gram=True, nonnegative_weights=True, combines=True)
+    contract = Contract(curvature=True, gram="mn", nonnegative_weights=True, combines=True)
 
     def __call__(self, leaf: TaskVectors) -> TaskVectors:
-        """Combines the vectors."""
-        average = _steps.weighted_mean(leaf)
-        if leaf.delta.ndim != 3 or leaf.curvature is None:
-            return combined(leaf, average)
+        """Combines the experts' matrices."""
+        assert leaf.curvature is not None
         x, say = heard(leaf)
         grams = jnp.stack([jnp.asarray(g, x.dtype) for g in leaf.curvature])
         grams = grams / _metric.nonzero(jnp.max(jnp.abs(grams)))
@@ -40,10 +38,10 @@ class RegMean:
         grams = per_expert(say, x) * (self.ratio * grams + (1 - self.ratio) * diagonal)
         a = sum_experts(grams)
         b = sum_experts(jnp.einsum("kij,kjo->kio", grams, x, precision="highest"))
-        return combined(leaf, _ridge_solution(a, b, average, self.ridge))
+        return combined(leaf, _ridge_solution(a, b, _steps.weighted_mean(leaf), self.ridge))
 
 
-def regmean(ratio: Number = 0.95, ridge: Number = 1e-6) -> Chain:
+def regmean(ratio: Number = 0.95, ridge: Number = 1e-6, *, axes: str = "mn") -> Chain:
     """Finds the matrix whose outputs are nearest to each expert's on its own inputs.
 
     With G_t = Z_t^T Z_t, Z_t (examples, fan-in) the inputs of the layer in expert t, off-diagonal
@@ -59,12 +57,14 @@ def regmean(ratio: Number = 0.95, ridge: Number = 1e-6) -> Chain:
       ratio: Factor of the off-diagonal entries, from 0 to 1.
       ridge: How much the solution is drawn to the mean, at least 0, relative to the mean
         eigenvalue of A; it decides where no expert has inputs. 0 is the published formula.
+      axes: Which leaves are matrices, as in ``tsv_m``; a stack of matrices
+        (b, m, n) has Grams (b, m, m), with all fan-in axes in one.
 
     Returns:
       A method for ``merge``.
 
     Raises:
-      ValueError: if a number is out of range.
+      ValueError: if a number is out of range, or ``axes`` name no matrices.
 
     Example:
       >>> from optax_moma.merging import merge, regmean
@@ -78,7 +78,7 @@ def regmean(ratio: Number = 0.95, ridge: Number = 1e-6) -> Chain:
     """
     check_number("ratio", ratio, 0, 1)
     check_number("ridge", ridge, 0)
-    return chain(RegMean(ratio, ridge))
+    return chain(EachMatrix(RegMean(ratio, ridge), check_axes(axes)))
 
 
 @jax.tree_util.register_dataclass
@@ -90,15 +90,10 @@ class Wudi:
     learning_rate: Number
     steps: int | None = field(metadata={"static": True})
 
-    @property
-    def contract(self) -> Contract:
-        """A base."""
-        return Contract(base=True, nonnegative_weights=True, combines=True)
+    contract = Contract(base=True, nonnegative_weights=True, combines=True)
 
     def __call__(self, leaf: TaskVectors) -> TaskVectors:
-        """Combines the task vectors."""
-        if leaf.delta.ndim != 3:
-            return combined(leaf, _steps.weighted_mean(leaf))
+        """Combines the task vectors of a matrix."""
         x = leaf.weight * leaf.delta
         # The problem is homogeneous: solved for entries of order one, nothing under- or overflows.
         size = _metric.nonzero(jnp.max(jnp.abs(x)))
@@ -137,7 +132,7 @@ def _descent(
     return jax.lax.fori_loop(0, steps, step, (start, optimizer.init(start)))[0]
 
 
-def wudi(ridge: Number = 1e-2, scale: Number = 1.0) -> Chain:
+def wudi(ridge: Number = 1e-2, scale: Number = 1.0, *, axes: str = "mn") -> Chain:
     """Finds the matrix that disturbs each expert least on what its own task vector reads.
 
     With X_t = w_t d_t, (fan-in, fan-out), and c = ridge * trace(A) / fan-in:
@@ -154,12 +149,13 @@ def wudi(ridge: Number = 1e-2, scale: Number = 1.0) -> Chain:
         iteration starts; at least 0, relative to the mean eigenvalue of A. In float32 keep it
         above 1e-6.
       scale: The factor of the merged task vector.
+      axes: Which leaves are matrices, as in ``tsv_m``.
 
     Returns:
       A method for ``merge``.
 
     Raises:
-      ValueError: if a number is out of range.
+      ValueError: if a number is out of range, or ``axes`` name no matrices.
 
     Example:
       >>> from optax_moma.merging import merge, wudi
@@ -171,10 +167,13 @@ def wudi(ridge: Number = 1e-2, scale: Number = 1.0) -> Chain:
     Source: Cheng et al. 2025, "Whoever Started the Interference Should End It" (arXiv 2503.08099).
     """
     check_number("ridge", ridge, 0)
-    return chain(Wudi(ridge, 0.0, None), _steps.scale(scale))
+    step = Wudi(ridge, 0.0, None)
+    return chain(EachMatrix(step, check_axes(axes)), _steps.scale(scale))
 
 
-def wudi_adam(learning_rate: Number = 1e-5, steps: int = 300, scale: Number = 1.0) -> Chain:
+def wudi_adam(
+    learning_rate: Number = 1e-5, steps: int = 300, scale: Number = 1.0, *, axes: str = "mn"
+) -> Chain:
     """Solves ``wudi`` without its ridge by steps of Adam from the sum, as the authors do.
 
     Adam's steps have the size of the learning rate whatever the gradients', so the result depends
@@ -184,12 +183,13 @@ def wudi_adam(learning_rate: Number = 1e-5, steps: int = 300, scale: Number = 1.
       learning_rate: Adam's learning rate, in units of the parameters.
       steps: Number of steps, at least 1; fixes the loop, so not traced.
       scale: The factor of the merged task vector.
+      axes: Which leaves are matrices, as in ``tsv_m``.
 
     Returns:
       A method for ``merge``.
 
     Raises:
-      ValueError: if a number is out of range.
+      ValueError: if a number is out of range, or ``axes`` name no matrices.
 
     Example:
       >>> from optax_moma.merging import merge, wudi_adam
@@ -201,5 +201,5 @@ def wudi_adam(learning_rate: Number = 1e-5, steps: int = 300, scale: Number = 1.
     Source: Cheng et al. 2025, "Whoever Started the Interference Should End It" (arXiv 2503.08099).
     """
     check_number("learning_rate", learning_rate, 0)
-    check_number("steps", steps, 1)
-    return chain(Wudi(0.0, learning_rate, int(steps)), _steps.scale(scale))
+    step = Wudi(0.0, learning_rate, check_integer("steps", steps, 1))
+    return chain(EachMatrix(step, check_axes(axes)), _steps.scale(scale))

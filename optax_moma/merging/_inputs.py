@@ -11,6 +11,7 @@ from jax.core import Tracer
 
 from optax_moma._moments import Factored
 from optax_moma.merging._contract import Contract
+from optax_moma.merging._matrices import layout_of
 
 Path = tuple[str, ...]
 Leaves = dict[Path, Any]
@@ -105,15 +106,16 @@ def checked_inputs(
         found = [_leaves(tree, curvature=True) for tree in aligned]
         curvatures = list(zip(labels, found, strict=True))
     for label, found in curvatures:
-        problems += (_gram_mismatches if contract.gram else _curvature_mismatches)(
-            label, found, wanted
-        )
+        if contract.gram:
+            problems += _gram_mismatches(contract.gram, label, found, wanted)
+        else:
+            problems += _curvature_mismatches(label, found, wanted)
     if not contract.curvature:
         # A method that does not look at the curvature must not fail for what is in it.
         curvatures = []
 
     say = _weights(contract, weights, experts, names, problems)
-    problems += _faulty_values(models, curvatures, wanted, gram=contract.gram)
+    problems += _faulty_values(models, curvatures, wanted, gram=bool(contract.gram))
     if problems:
         raise MergeError("Cannot merge,", problems)
     return Checked(
@@ -281,23 +283,28 @@ def _curvature_mismatches(label: str, found: Leaves, wanted: Leaves) -> list[str
     return problems
 
 
-def _gram_mismatches(label: str, found: Leaves, wanted: Leaves) -> list[str]:
+def _gram_mismatches(axes: str, label: str, found: Leaves, wanted: Leaves) -> list[str]:
     problems = []
     for path, gram in found.items():
         where = f"{label}, {path_text(path)}"
-        shape = np.shape(wanted[path]) if path in wanted else None
         if gram is None:
             continue
-        if shape is None:
+        if path not in wanted:
             problems += _missing_and_extra(label, {path: gram}, {}, "the model")
-        elif len(shape) != 2:
+            continue
+        shape = np.shape(wanted[path])
+        layout = layout_of(axes, shape)
+        if layout is None:
             problems.append(f"{where}: a Gram for a leaf that is no matrix; make it None")
-        elif isinstance(gram, Factored) or _kind(gram) != "float":
+            continue
+        *stack, fan_in, _ = layout.matrix_shape
+        expected = (*stack, fan_in, fan_in)
+        if isinstance(gram, Factored) or _kind(gram) != "float":
             problems.append(f"{where}: not a floating-point array; pass x.T @ x of the inputs x")
-        elif np.shape(gram) != (shape[0], shape[0]):
+        elif np.shape(gram) != expected:
             problems.append(
                 f"{where}: shape {np.shape(gram)}, but a kernel of shape {shape} has inputs with "
-                f"a Gram of shape {(shape[0], shape[0])}; pass x.T @ x of the inputs x"
+                f"a Gram of shape {expected}; pass x.T @ x of the inputs x"
             )
     return problems
 

@@ -1,8 +1,8 @@
 """Merges of matrices by their singular vectors: TSV-M, Iso-C, Iso-CTS, KnOTS.
 
 The task vectors of a matrix are taken with their weights, so that masks and curvature can come
-before. Leaves that are no matrices are averaged. Kernels are (fan-in, fan-out), as in Flax: the
-papers' matrices are their transposes.
+before. Kernels are (fan-in, fan-out), as in Flax: the papers' matrices are their transposes. Each
+step here merges one matrix, and ``EachMatrix`` finds the matrices of a leaf.
 """
 
 from dataclasses import dataclass, field
@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 
+from optax_moma._checks import check_integer
 from optax_moma.merging import _steps
 from optax_moma.merging._contract import Contract, Step, check_number
 from optax_moma.merging._leaf import TaskVectors, combined, heard, per_expert, sum_experts
+from optax_moma.merging._matrices import EachMatrix, check_axes
 from optax_moma.merging._steps import Chain, Number, chain
 
 _CONTRACT = Contract(base=True, nonnegative_weights=True, combines=True)
@@ -43,15 +45,10 @@ def _product(u: jax.Array, s: jax.Array, vt: jax.Array) -> jax.Array:
 class Tsv:
     """See ``tsv_m``."""
 
-    @property
-    def contract(self) -> Contract:
-        """A base."""
-        return _CONTRACT
+    contract = _CONTRACT
 
     def __call__(self, leaf: TaskVectors) -> TaskVectors:
-        """Combines the task vectors."""
-        if leaf.delta.ndim != 3:
-            return combined(leaf, _steps.weighted_mean(leaf))
+        """Combines the task vectors of a matrix."""
         k, *shape = leaf.delta.shape
         rank = max(1, min(shape) // k)
         parts = [_leading(x, rank) for x in leaf.weight * leaf.delta]
@@ -60,7 +57,7 @@ class Tsv:
         return combined(leaf, _product(u, jnp.concatenate(ss), vt))
 
 
-def tsv_m(scale: Number = 1.0) -> Chain:
+def tsv_m(scale: Number = 1.0, *, axes: str = "mn") -> Chain:
     """Adds up the leading singular parts of the experts, made orthogonal to each other.
 
     w_t d_t = U_t S_t V_t^T; U, S, V hold the leading r / k columns of each; merged = base + scale *
@@ -71,12 +68,16 @@ def tsv_m(scale: Number = 1.0) -> Chain:
 
     Args:
       scale: The factor of the merged task vector.
+      axes: Which leaves are matrices, one letter per axis: m for fan-in, n for fan-out, b for a
+        stack of matrices that are merged one by one. "mn" takes leaves of two axes; "bmn" the
+        kernels of layers stacked for a scan; "mnn" and "mmn" attention kernels (fan-in, heads,
+        size) and (heads, size, fan-out); "mmmn" convolutions; "mn bmn" those of two or three axes.
 
     Returns:
       A method for ``merge``.
 
     Raises:
-      ValueError: if the scale is not finite.
+      ValueError: if the scale is not finite, or ``axes`` name no matrices.
 
     Example:
       >>> from optax_moma.merging import merge, tsv_m
@@ -87,7 +88,7 @@ def tsv_m(scale: Number = 1.0) -> Chain:
 
     Source: Gargiulo et al. 2025, "Task Singular Vectors" (arXiv 2412.00081).
     """
-    return chain(Tsv(), _steps.scale(scale))
+    return chain(EachMatrix(Tsv(), check_axes(axes)), _steps.scale(scale))
 
 
 @jax.tree_util.register_dataclass
@@ -95,20 +96,15 @@ def tsv_m(scale: Number = 1.0) -> Chain:
 class IsoC:
     """See ``iso_c``."""
 
-    @property
-    def contract(self) -> Contract:
-        """A base."""
-        return _CONTRACT
+    contract = _CONTRACT
 
     def __call__(self, leaf: TaskVectors) -> TaskVectors:
-        """Combines the task vectors."""
-        if leaf.delta.ndim != 3:
-            return combined(leaf, _steps.weighted_mean(leaf))
+        """Combines the task vectors of a matrix."""
         u, s, vt = _svd(sum_experts(leaf.weight * leaf.delta))
         return combined(leaf, _product(u, jnp.full_like(s, jnp.mean(s)), vt))
 
 
-def iso_c(scale: Number = 1.0) -> Chain:
+def iso_c(scale: Number = 1.0, *, axes: str = "mn") -> Chain:
     """Adds the experts up and gives all directions of the sum the same strength.
 
     sum_t w_t d_t = U S V^T; merged = base + scale * mean(S) U V^T.
@@ -118,12 +114,13 @@ def iso_c(scale: Number = 1.0) -> Chain:
 
     Args:
       scale: The factor of the merged task vector.
+      axes: Which leaves are matrices, as in ``tsv_m``.
 
     Returns:
       A method for ``merge``.
 
     Raises:
-      ValueError: if the scale is not finite.
+      ValueError: if the scale is not finite, or ``axes`` name no matrices.
 
     Example:
       >>> from optax_moma.merging import iso_c, merge
@@ -134,7 +131,7 @@ def iso_c(scale: Number = 1.0) -> Chain:
 
     Source: Marczak et al. 2025, "No Task Left Behind" (arXiv 2502.04959), Iso-C.
     """
-    return chain(IsoC(), _steps.scale(scale))
+    return chain(EachMatrix(IsoC(), check_axes(axes)), _steps.scale(scale))
 
 
 @jax.tree_util.register_dataclass
@@ -142,17 +139,11 @@ def iso_c(scale: Number = 1.0) -> Chain:
 class IsoCts:
     """See ``iso_cts``."""
 
+    contract = _CONTRACT
     common: float = field(metadata={"static": True})
 
-    @property
-    def contract(self) -> Contract:
-        """A base."""
-        return _CONTRACT
-
     def __call__(self, leaf: TaskVectors) -> TaskVectors:
-        """Combines the task vectors."""
-        if leaf.delta.ndim != 3:
-            return combined(leaf, _steps.weighted_mean(leaf))
+        """Combines the task vectors of a matrix."""
         k, *shape = leaf.delta.shape
         own = round(min(shape) * (1 - self.common)) // k
         shared = min(shape) - k * own
@@ -169,7 +160,7 @@ class IsoCts:
         return combined(leaf, _product(u, flat, vt).T)
 
 
-def iso_cts(scale: Number = 1.0, common: float = 0.8) -> Chain:
+def iso_cts(scale: Number = 1.0, common: float = 0.8, *, axes: str = "mn") -> Chain:
     """As ``iso_c``, with room for each expert's own directions.
 
     A share ``common`` of the r directions are the leading ones of sum_t w_t d_t, with U of the
@@ -182,12 +173,13 @@ def iso_cts(scale: Number = 1.0, common: float = 0.8) -> Chain:
     Args:
       scale: The factor of the merged task vector.
       common: Share of directions taken from the sum, from 0 to 1; fixes shapes, so not traced.
+      axes: Which leaves are matrices, as in ``tsv_m``.
 
     Returns:
       A method for ``merge``.
 
     Raises:
-      ValueError: if a number is out of range.
+      ValueError: if a number is out of range, or ``axes`` name no matrices.
 
     Example:
       >>> from optax_moma.merging import iso_cts, merge
@@ -199,7 +191,8 @@ def iso_cts(scale: Number = 1.0, common: float = 0.8) -> Chain:
     Source: Marczak et al. 2025, "No Task Left Behind" (arXiv 2502.04959), Iso-CTS.
     """
     check_number("common", common, 0, 1)
-    return chain(IsoCts(float(common)), _steps.scale(scale))
+    step = IsoCts(float(common))
+    return chain(EachMatrix(step, check_axes(axes)), _steps.scale(scale))
 
 
 @jax.tree_util.register_dataclass
@@ -216,9 +209,7 @@ class Knots:
         return self.inner.contract.union(_CONTRACT)
 
     def __call__(self, leaf: TaskVectors) -> TaskVectors:
-        """Combines the task vectors."""
-        if leaf.delta.ndim != 3:
-            return combined(leaf, _steps.weighted_mean(leaf))
+        """Combines the task vectors of a matrix."""
         k, m, n = leaf.delta.shape
         x, say = heard(leaf)
         u, s, vt = _svd(x.reshape(k * m, n))
@@ -232,7 +223,7 @@ class Knots:
         return combined(leaf, jnp.matmul(coefficients, vt[:rank], precision="highest"))
 
 
-def knots(*steps: Step, rank: int | None = None) -> Knots:
+def knots(*steps: Step, rank: int | None = None, axes: str = "mn") -> EachMatrix:
     """Merges matrices by steps of your choice, in a basis that all the experts share.
 
     The stacked [d_1; ...; d_k] = [A_1; ...; A_k] V^T, by a singular value decomposition, with its
@@ -245,13 +236,14 @@ def knots(*steps: Step, rank: int | None = None) -> Knots:
       *steps: Steps such as ``trim(0.2), elect(), mean()``; one must combine the experts.
       rank: How many shared directions to keep, by default all; for LoRA experts, k times their
         rank, so that a density counts no empty directions.
+      axes: Which leaves are matrices, as in ``tsv_m``.
 
     Returns:
       A step that combines the experts.
 
     Raises:
       ValueError: if the steps do not combine, need a curvature (which has no meaning in another
-        basis), or a pass over all leaves.
+        basis) or a pass over all leaves, or ``axes`` name no matrices.
 
     Example:
       >>> from optax_moma.merging import chain, elect, knots, mean, merge, trim
@@ -271,6 +263,5 @@ def knots(*steps: Step, rank: int | None = None) -> Knots:
             "knots() works in a basis of its own, leaf by leaf: its steps cannot use a curvature "
             "or a global threshold."
         )
-    if rank is not None:
-        check_number("rank", rank, 1)
-    return Knots(inner, None if rank is None else int(rank))
+    step = Knots(inner, None if rank is None else check_integer("rank", rank, 1))
+    return EachMatrix(step, check_axes(axes))
