@@ -67,13 +67,19 @@ def apply_head(head: Params, embeddings: Any) -> Any:
 def loss(
     graph: Any, params: Params, tokens: jax.Array, targets: jax.Array, classes: jax.Array
 ) -> jax.Array:
+    """The `objective` of an encoder and a head."""
+    embeddings = embed(nnx.merge(graph, params["encoder"]), tokens)
+    return objective(apply_head(params["head"], embeddings), targets, classes)
+
+
+def objective(outputs: jax.Array, targets: jax.Array, classes: jax.Array) -> jax.Array:
     """Cross entropy over the first ``classes`` outputs; squared error of the first if it is 1.
 
     ``classes`` is traced, so that one compiled program serves classification and regression.
     """
-    outputs = apply_head(params["head"], embed(nnx.merge(graph, params["encoder"]), tokens))
     regression = classes == 1
-    logits = jnp.where(jnp.arange(OUTPUTS) < classes, outputs, jnp.finfo(outputs.dtype).min)
+    real = jnp.arange(outputs.shape[-1]) < classes
+    logits = jnp.where(real, outputs, jnp.finfo(outputs.dtype).min)
     labels = jnp.where(regression, 0, targets).astype(jnp.int32)
     entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return jnp.mean(jnp.where(regression, (outputs[:, 0] - targets) ** 2, entropy))

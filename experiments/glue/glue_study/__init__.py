@@ -1,0 +1,1 @@
+"""What curvature measured while training is worth for pruning and merging: the study's parts."""
