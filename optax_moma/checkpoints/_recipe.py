@@ -351,10 +351,10 @@ def _factories() -> dict[str, Any]:
     for name, thing in vars(merging).items():
         if name.startswith("_") or not inspect.isfunction(thing):
             continue
-        parameters = inspect.signature(thing).parameters.values()
-        if any(p.kind is p.VAR_POSITIONAL for p in parameters) or name == "merge":
-            continue
-        found[name] = thing
+        signature = inspect.signature(thing)
+        positional = any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values())
+        if hasattr(signature.return_annotation, "contract") and not positional:
+            found[name] = thing
     return found
 
 
