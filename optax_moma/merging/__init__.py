@@ -16,6 +16,7 @@ from optax_moma.merging._geometric import slerp as slerp
 from optax_moma.merging._gram import regmean as regmean
 from optax_moma.merging._gram import wudi as wudi
 from optax_moma.merging._gram import wudi_adam as wudi_adam
+from optax_moma.merging._input_grams import input_grams as input_grams
 from optax_moma.merging._inputs import MergeError as MergeError
 from optax_moma.merging._leaf import TaskVectors as TaskVectors
 from optax_moma.merging._masks import band as band
