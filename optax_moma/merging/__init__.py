@@ -2,6 +2,7 @@
 
 from optax_moma.merging._contract import Contract as Contract
 from optax_moma.merging._contract import Step as Step
+from optax_moma.merging._data_fisher import diagonal_fisher as diagonal_fisher
 from optax_moma.merging._diagonal import average as average
 from optax_moma.merging._diagonal import dare as dare
 from optax_moma.merging._diagonal import fisher as fisher
