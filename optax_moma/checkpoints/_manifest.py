@@ -1,6 +1,10 @@
-"""Digests: what tells a whole checkpoint from a damaged one. Orbax keeps none."""
+"""Digests: what tells a whole checkpoint from a damaged one. Orbax keeps none.
 
-import hashlib
+They are XXH3 of 128 bits, which finds any damage and is many times as fast as a cryptographic hash.
+Whoever means to deceive could write a new manifest as well, so nothing is lost by that; to publish
+a model signed, sign its files.
+"""
+
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -8,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from ._source import Checkpoint, manifest_path, open_checkpoint
 
-FORMAT = {"format": "optax_moma.manifest", "version": 1}
+FORMAT = {"format": "optax_moma.manifest", "version": 2}
 
 
 @dataclass(frozen=True)
@@ -30,9 +35,9 @@ class Verified:
 
 
 def digest(array: Any) -> str:
-    """Returns the sha256 of an array's dtype, shape and bytes."""
+    """Returns the digest of an array's dtype, shape and bytes."""
     array = np.asarray(array)
-    found = hashlib.sha256(f"{array.dtype}{list(array.shape)}".encode())
+    found = xxhash.xxh3_128(f"{array.dtype}{list(array.shape)}".encode())
     found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return found.hexdigest()
 
@@ -48,7 +53,7 @@ def write_manifest(checkpoint: Path, manifest: Path, content: Mapping[str, Any])
     files = {name: _file_digest(file) for name, file in _files(checkpoint)}
     content = {**FORMAT, **content, "files": files}
     manifest.write_text(
-        json.dumps({**content, "sha256": _own_digest(content)}, indent=1, sort_keys=True) + "\n"
+        json.dumps({**content, "digest": _own_digest(content)}, indent=1, sort_keys=True) + "\n"
     )
 
 
@@ -83,8 +88,8 @@ def verify(path: Path | str) -> Verified:
         raise ValueError(f"{path} has no manifest {file.name}: only merged checkpoints have one")
     try:
         manifest = json.loads(file.read_bytes())
-        content = {key: value for key, value in manifest.items() if key != "sha256"}
-        intact = manifest["sha256"] == _own_digest(content)
+        content = {key: value for key, value in manifest.items() if key != "digest"}
+        intact = manifest["digest"] == _own_digest(content)
         leaves, files = content["leaves"], content["files"]
     except (ValueError, KeyError, AttributeError) as error:
         return Verified([f"{file.name} is damaged: {error}"], 0, 0)
@@ -158,9 +163,12 @@ def _files(path: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _file_digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    found, block = xxhash.xxh3_128(), bytearray(1 << 20)
+    with path.open("rb", buffering=0) as stream:
+        while size := stream.readinto(block):
+            found.update(memoryview(block)[:size])
+    return found.hexdigest()
 
 
 def _own_digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -8,15 +8,16 @@ checkpoint only when it is finalized.
 import json
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
-from .._tree import path_name
+from .._tree import key_name, path_name
 
 
 def metadata(path: Path, item: str | None) -> Any:
@@ -63,6 +64,11 @@ def read(path: Path, item: str | None, tree: Any, names: Collection[str]) -> dic
       ValueError: if an array cannot be read.
     """
     wanted = set(names)
+    if store := _Store.of(path, item):
+        stored = {
+            path_name(keys): (keys, x) for keys, x in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        return store.read({name: stored[name] for name in wanted})
 
     def place(keys: Any, x: Any) -> Any:
         return np.empty(x.shape, x.dtype) if path_name(keys) in wanted else ...
@@ -72,6 +78,56 @@ def read(path: Path, item: str | None, tree: Any, names: Collection[str]) -> dic
     loaded = ocp.load(str(path), template, **named)
     flat, _ = jax.tree_util.tree_flatten_with_path(loaded)
     return {path_name(keys): np.asarray(x) for keys, x in flat if path_name(keys) in wanted}
+
+
+class _Store(NamedTuple):
+    """Where and how Orbax keeps the arrays of a tree, in the format of zarr.
+
+    For every call Orbax looks at all leaves of a checkpoint again, the optimizer's too: 0.2 s for
+    1500 leaves, which is as long as it takes to read 0.1 GB. A merge calls many times.
+
+    Attributes:
+      folder: The folder with the arrays.
+      driver: TensorStore's name of the format.
+      one_file: Whether the arrays lie in one key-value store, OCDBT, and not in a folder each.
+    """
+
+    folder: Path
+    driver: str
+    one_file: bool
+
+    @classmethod
+    def of(cls, path: Path, item: str | None) -> "_Store | None":
+        """Returns the store of a tree; None for a layout that only Orbax knows how to read."""
+        folders = [path] if item is None else []
+        folders += [path / name for name in ([item] if item else ["state", "default"])]
+        found = [folder for folder in folders if (folder / "_METADATA").is_file()]
+        if len(found) != 1:
+            return None
+        about = json.loads((found[0] / "_METADATA").read_text())
+        one_file = (found[0] / "manifest.ocdbt").is_file()
+        return cls(found[0], "zarr3" if about.get("use_zarr3") else "zarr", one_file)
+
+    def read(self, leaves: Mapping[str, tuple[Any, Any]]) -> dict[str, np.ndarray]:
+        """Reads arrays, all at once, by their paths in the tree."""
+        opened = {
+            name: ts.open(self._spec(keys), open=True, read=True)
+            for name, (keys, _) in leaves.items()
+        }
+        pending = {name: future.result().read() for name, future in opened.items()}
+        arrays = {name: future.result() for name, future in pending.items()}
+        for name, (_, like) in leaves.items():
+            if arrays[name].shape != like.shape or arrays[name].dtype != like.dtype:
+                raise ValueError(f"{name} has not the shape and dtype that the metadata tell")
+        return arrays
+
+    def _spec(self, keys: Any) -> dict[str, Any]:
+        name = ".".join(key_name(key) for key in keys)
+        place: dict[str, Any] = {"driver": "file", "path": f"{self.folder}/{name}/"}
+        if self.one_file:
+            folder = {"driver": "file", "path": f"{self.folder}/"}
+            place = {"driver": "ocdbt", "base": folder, "path": f"{name}/"}
+        return {"driver": self.driver, "kvstore": place}
 
 
 def steps(path: Path) -> dict[int, Path]:

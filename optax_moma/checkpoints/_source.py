@@ -61,7 +61,7 @@ class Checkpoint:
 
     @functools.cached_property
     def digests(self) -> dict[str, str]:
-        """The sha256 of each leaf that the manifest in the checkpoint has, if it has one."""
+        """The digest of each leaf that the manifest in the checkpoint has, if it has one."""
         file = manifest_path(self.path)
         if not file.exists():
             return {}
