@@ -78,7 +78,9 @@ def export_curvature(
     shapes = curvature_entries({n: curvature.abstract(n, model.leaves[n]) for n in floats})
     partial = output.with_name(output.name + ".partial")
     leaves = {name: Abstract(x.shape, x.dtype) for name, x in shapes.items()}
-    writer = _safetensors.Writer(partial, leaves, CURVATURE_FORMAT)
+    told = {"gradients": curvature.gradients, "step": curvature.step(model)}
+    about = CURVATURE_FORMAT | {k: str(n) for k, n in told.items() if n is not None}
+    writer = _safetensors.Writer(partial, leaves, about)
     for name in floats:
         needed = curvature.needs[name].names if name in curvature.needs else []
         arrays = opened.read(needed)

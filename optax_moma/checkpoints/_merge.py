@@ -26,7 +26,7 @@ from ..merging._leaf import LeafInputs, stable_id
 from ..merging._merge import merge_leaf, prepared
 from . import _orbax, _safetensors
 from ._manifest import differing, digest, write_manifest
-from ._plan import CHUNK_BYTES, Job, Part, open_job, passes, problems_of, raise_problems
+from ._plan import CHUNK_BYTES, Job, Layer, Part, open_job, passes, problems_of, raise_problems
 from ._recipe import Recipe, key_of, output_dtype
 from ._source import Abstract, Checkpoint, manifest_path, open_checkpoint, open_model
 
@@ -119,10 +119,9 @@ def merge(
     if output.exists() and not force:
         raise FileExistsError(f"{output} exists; name another output, or replace it with force")
     job = open_job(recipe)
-    for model in job.models.values():
-        source = model.checkpoint.path
+    for label, source in job.paths.items():
         if output == source or output in source.parents or source in output.parents:
-            job.problems.append(f"the output {output} would be in the place of {model.label}")
+            job.problems.append(f"the output {output} would be in the place of {label}")
     raise_problems(job)
 
     staging = output.with_name(output.name + ".merging")
@@ -489,8 +488,13 @@ def _merge_leaf(
     if not part.method.contract.gram:
         # A negative second moment is as wrong as an infinite one.
         estimates = [x if np.min(x, initial=0) >= 0 else np.float32(np.nan) for x in estimates]
-    if is_float(like) and _clean([*models.values(), *estimates]):
-        return merge_leaf(method, _leaf_inputs(job, part, name, models, curvature, like))
+    checked = [] if job.recipe.allow_nonfinite else models.values()
+    if is_float(like) and _clean([*checked, *estimates]):
+        inputs = _leaf_inputs(job, part, name, models, curvature, like)
+        if not part.layers:
+            return merge_leaf(method, inputs)
+        layers = enumerate(part.layers)
+        return jnp.stack([merge_leaf(x.method, _layer(inputs, i, x, name)) for i, x in layers])
     # Not floating point, or something is wrong: the merge in memory knows what to do or to say.
     return merging.merge(
         method,
@@ -516,10 +520,54 @@ def _clean(arrays: list[Any]) -> bool:
     return True
 
 
+def _layer(inputs: LeafInputs, i: int, layer: Layer, name: str) -> LeafInputs:
+    """Returns one layer of a stack as a leaf of its own."""
+    # Of a factored curvature one factor may be the same for all layers.
+    stacked = (inputs.experts, inputs.base, inputs.curvature)
+    experts, base, curvature = jax.tree.map(lambda x: x[i if len(x) > 1 else 0], stacked)
+    return inputs._replace(
+        experts=experts,
+        base=base,
+        curvature=curvature,
+        weights=np.array([layer.weights[expert] for expert in sorted(layer.weights)]),
+        path_id=stable_id(f"{name}/{i}"),
+    )
+
+
 def _curvature_of(job: Job, part: Part, name: str, arrays: _Read) -> dict[str, Any] | None:
+    """Returns the curvature of a leaf by expert.
+
+    Raises:
+      MergeError: if it is zero for experts that were trained there, and the recipe does not say
+        what else it is.
+    """
     if part.method is None or not part.method.contract.curvature:
         return None
-    return {expert: arrays.curvature.get(expert, {}).get(name) for expert in job.experts}
+    found = {expert: arrays.curvature.get(expert, {}).get(name) for expert in job.experts}
+    if part.method.contract.gram:
+        return found
+    problems = []
+    for expert, v in found.items():
+        zero = v is not None and not all(np.any(x) for x in jax.tree.leaves(v))
+        models = {label: leaves[name] for label, leaves in arrays.models.items() if zero}
+        if not zero or not _was_trained(job, expert, models):
+            continue
+        missing, leaf = job.curvature[expert].missing, job.reference.leaves[name]
+        found[expert] = np.full(leaf.shape, missing or 0, np.float32)
+        if missing is None:
+            problems.append(
+                f"the curvature of expert {expert!r}, {name}: all zero, though the leaf was "
+                "trained; if by weight decay alone, give it one with curvature: {missing: 0.0}"
+            )
+    if problems:
+        raise MergeError("Cannot merge,", problems)
+    return found
+
+
+def _was_trained(job: Job, expert: str, models: dict[str, np.ndarray]) -> bool:
+    """Whether a leaf differs from the base, or without one from another expert's."""
+    others = ["base"] if "base" in models else [e for e in job.experts if e != expert]
+    return any(not np.array_equal(models[expert], models[other]) for other in others)
 
 
 def _leaf_inputs(
@@ -556,9 +604,12 @@ def _leaf_inputs(
 
 def _kept(job: Job, keep: str, name: str, leaf: np.ndarray) -> jax.Array:
     x = jnp.asarray(leaf)
-    if is_float(x) and not bool(jnp.all(jnp.isfinite(x))):
+    if is_float(x) and not job.recipe.allow_nonfinite and not bool(jnp.all(jnp.isfinite(x))):
         count = int(jnp.sum(~jnp.isfinite(x)))
-        raise ValueError(f"{job.models[keep].label}, {name}: {count} values that are not finite")
+        raise ValueError(
+            f"{job.models[keep].label}, {name}: {count} values that are not finite; leave the "
+            "model out, or let them through with allow_nonfinite: true"
+        )
     return x
 
 

@@ -1,9 +1,7 @@
 """What a merge would do and what would go wrong, found out before any work."""
 
-import difflib
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,18 +14,18 @@ from ..merging import MergeError, Step
 from ..merging._inputs import checked_inputs, is_float
 from ..merging._leaf import LeafInputs, compute_dtype
 from ..merging._merge import merge_leaf
-from . import _source
-from ._recipe import (
-    Recipe,
-    build_method,
-    glob_matches,
-    interpolated,
-    key_of,
-    output_dtype,
-)
+from . import _globs, _source
+from ._recipe import Recipe, Rule, build_method, key_of, output_dtype, valued
 from ._source import Abstract, CurvatureOf, Model
 
 CHUNK_BYTES = 128 << 20
+
+
+class Layer(NamedTuple):
+    """How one layer of a stack is merged: the method, and the experts' weights."""
+
+    method: Step
+    weights: dict[str, float]
 
 
 class Part(NamedTuple):
@@ -39,6 +37,8 @@ class Part(NamedTuple):
       keep: The model that they are copied from, if they are not merged.
       weights: The experts' weights.
       names: Their paths.
+      layers: If the leaves are stacks of layers, how each layer is merged; ``method`` and
+        ``weights`` are then those of the first.
     """
 
     rule: int | None
@@ -46,6 +46,7 @@ class Part(NamedTuple):
     keep: str | None
     weights: dict[str, float]
     names: list[str]
+    layers: tuple[Layer, ...] = ()
 
 
 @dataclass
@@ -61,6 +62,9 @@ class Job:
       ignored: The paths of leaves that are left out.
       problems: What makes the merge impossible.
       warnings: What makes it doubtful.
+      kinship: For each expert its drift from the base and the cosine with it, of a matrix.
+      steps: How far each model was trained, by name, where it says so.
+      gradients: From how many gradients each expert's curvature was estimated, where it says so.
     """
 
     recipe: Recipe
@@ -71,6 +75,9 @@ class Job:
     ignored: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    kinship: dict[str, tuple[float, float]] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=dict)
+    gradients: dict[str, int] = field(default_factory=dict)
 
     @property
     def models(self) -> dict[str, Model]:
@@ -82,9 +89,18 @@ class Job:
         """The model whose structure the merged one has."""
         return self.base or next(iter(self.experts.values()))
 
+    @property
+    def paths(self) -> dict[str, Path]:
+        """All that is read, by what messages call it."""
+        found = {model.label: model.checkpoint.path for model in self.models.values()}
+        found |= {f"the curvature of {n}": v.checkpoint.path for n, v in self.curvature.items()}
+        recipe = self.recipe.file
+        return found if recipe is None else {**found, "the recipe": recipe}
+
     def read_from(self, part: Part) -> dict[str, Model]:
         """Returns the models that a part's leaves are read from."""
-        return self.models if part.keep is None else {part.keep: self.models[part.keep]}
+        models = self.models
+        return models if part.keep is None else {n: m for n, m in models.items() if n == part.keep}
 
     def needs_curvature(self, part: Part, name: str) -> bool:
         """Whether a leaf is merged by its curvature."""
@@ -114,6 +130,48 @@ class Job:
         return Abstract(leaf.shape, output_dtype(self.recipe) or like)
 
 
+class PlannedModel(NamedTuple):
+    """One input of a merge.
+
+    Attributes:
+      name: "base", or the expert's name.
+      path: Where it lies.
+      params: The path of the params in it; empty if they are all of it.
+      dtypes: The dtypes of its leaves.
+      bytes: How many bytes the params have.
+      step: How far it was trained, if it says so.
+      drift: ||w - w0|| / ||w0|| of one matrix, w0 the base's; None if it was not looked at.
+      cosine: The cosine of that matrix with the base's.
+      curvature: Where its curvature is from, if the method needs one.
+      gradients: From how many gradients the curvature was estimated, if it says so.
+    """
+
+    name: str
+    path: str
+    params: str
+    dtypes: list[str]
+    bytes: int
+    step: int | None
+    drift: float | None
+    cosine: float | None
+    curvature: str | None
+    gradients: int | None
+
+
+class PlannedRule(NamedTuple):
+    """What is done with the leaves that fall under a rule.
+
+    Attributes:
+      match: Its globs; "else", or "(no rule)" for the leaves that no rule matches.
+      action: What is done with them: the method and its numbers, or what they are copied from.
+      names: The leaves' paths.
+    """
+
+    match: str
+    action: str
+    names: list[str]
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a merge would do.
@@ -127,8 +185,9 @@ class Plan:
       write_bytes: How much is written, before compression.
       passes: How often the inputs are read.
       peak_bytes: The memory of this process that the merge is predicted to need at most.
-      rules: For each rule its globs and how many leaves fall under it; last, under "(no rule)",
-        the leaves that no rule matches.
+      rules: For each rule what it does with which leaves; last, under "(no rule)", the leaves that
+        no rule matches.
+      models: The inputs: the base, then the experts.
       coverage: For each expert, how many of the leaves that need a curvature have one, and how many
         need one.
     """
@@ -141,7 +200,8 @@ class Plan:
     write_bytes: int
     passes: int
     peak_bytes: int
-    rules: list[tuple[str, int]]
+    rules: list[PlannedRule]
+    models: list[PlannedModel]
     coverage: dict[str, tuple[int, int]]
 
 
@@ -176,7 +236,7 @@ def plan(
     """
     job = open_job(Recipe.of(recipe))
     if not job.experts or (not job.parts and job.problems):
-        return Plan(job.problems, job.warnings, 0, 0, 0, 0, 0, 0, [], {})
+        return Plan(job.problems, job.warnings, 0, 0, 0, 0, 0, 0, [], _planned_models(job), {})
     read = write = parameters = leaves = 0
     fits = not job.problems
     for part in job.parts:
@@ -186,13 +246,6 @@ def plan(
             if fits:
                 write += _bytes(job.merged_leaf(part, name))
                 read += job.stored_bytes(part, name) * (1 + passes(part))
-    matched = {part.rule: 0 for part in job.parts}
-    for part in job.parts:
-        matched[part.rule] += len(part.names)
-    rules = [
-        ("else" if rule.otherwise is not None else ", ".join(rule.globs), matched.get(i, 0))
-        for i, rule in enumerate(job.recipe.rules)
-    ]
     return Plan(
         problems=job.problems,
         warnings=job.warnings,
@@ -202,9 +255,73 @@ def plan(
         write_bytes=write,
         passes=1 + max(map(passes, job.parts), default=0),
         peak_bytes=_peak_bytes(job, chunk_bytes) if fits else 0,
-        rules=[*rules, ("(no rule)", matched.get(None, 0))],
+        rules=_planned_rules(job),
+        models=_planned_models(job),
         coverage=_coverage(job),
     )
+
+
+def _planned_models(job: Job) -> list[PlannedModel]:
+    found = []
+    for name, model in job.models.items():
+        v = job.curvature.get(name)
+        drift, cosine = job.kinship.get(name, (None, None))
+        arrays = [leaf for leaf in model.leaves.values() if isinstance(leaf, Abstract)]
+        found.append(
+            PlannedModel(
+                name,
+                str(model.checkpoint.path),
+                "/".join(model.prefix),
+                sorted({str(leaf.dtype) for leaf in arrays}),
+                sum(map(_bytes, arrays)),
+                job.steps.get(name),
+                drift,
+                cosine,
+                None if v is None else v.kind,
+                job.gradients.get(name),
+            )
+        )
+    return found
+
+
+def _planned_rules(job: Job) -> list[PlannedRule]:
+    names: dict[int | None, list[str]] = {}
+    for part in job.parts:
+        names.setdefault(part.rule, []).extend(part.names)
+    rules = [
+        PlannedRule(
+            "else" if rule.otherwise is not None else ", ".join(rule.globs),
+            _action(job.recipe, rule),
+            names.get(i, []),
+        )
+        for i, rule in enumerate(job.recipe.rules)
+    ]
+    return [*rules, PlannedRule("(no rule)", _action(job.recipe, Rule.all()), names.get(None, []))]
+
+
+def _action(recipe: Recipe, rule: Rule) -> str:
+    """Says in words what a rule does."""
+    if "base" in (rule.keep, rule.otherwise) or rule.keep is not None:
+        return f"copied from {rule.keep or rule.otherwise}"
+    spec = next(s for s in (rule.method, rule.otherwise, recipe.method) if s is not None)
+    shown = lambda x: " to ".join(f"{v:g}" for v in x) if isinstance(x, list) else f"{x}"  # noqa: E731
+    if isinstance(spec, list):
+        said = " + ".join(_method_text(step) for step in spec)
+    else:
+        options = {} if isinstance(spec, str) else {k: v for k, v in spec.items() if k != "name"}
+        options |= {k: shown(v) for k, v in rule.values.items()}
+        said = _method_text({"name": spec if isinstance(spec, str) else spec["name"], **options})
+    weights = {n: e.weight for n, e in recipe.experts.items()} | rule.weights
+    if any(w != 1.0 for w in weights.values()):
+        said += ", weights " + ", ".join(f"{n} {shown(w)}" for n, w in weights.items())
+    return said + (", each layer of the stacks" if rule.stacked else "")
+
+
+def _method_text(spec: Any) -> str:
+    if isinstance(spec, str):
+        return spec
+    options = ", ".join(f"{k} {v}" for k, v in spec.items() if k != "name")
+    return spec["name"] + (f" ({options})" if options else "")
 
 
 def open_job(recipe: Recipe) -> Job:
@@ -216,25 +333,23 @@ def open_job(recipe: Recipe) -> Job:
         model = _opened(job, f"expert {name!r}", expert)
         if model is not None:
             job.experts[name] = model
-    if job.problems:
-        return job
-    names = list(job.reference.leaves)
+    if not job.experts or (recipe.base is not None and job.base is None):
+        return job  # There is nothing that the others could be compared with.
     everywhere = list(dict.fromkeys(n for m in job.models.values() for n in m.leaves))
     for glob in recipe.ignore:
-        found = _matches(job, "ignore", [glob], everywhere)
-        job.ignored |= set(found)
-    names = [name for name in names if name not in job.ignored]
+        job.ignored |= set(_matches(job, "ignore", [glob], everywhere))
+    names = [name for name in job.reference.leaves if name not in job.ignored]
     if not names:
         job.problems.append("nothing to merge: the model has no leaves")
     job.parts = _parts(job, names)
     _compare_structures(job)
-    if job.problems:
-        return job
     _open_curvature(job)
-    problems = [p for part in job.parts for p in _part_problems(job, part)]
-    job.problems += dict.fromkeys(problems)
+    if len(job.experts) == len(recipe.experts):
+        problems = [p for part in job.parts for p in _part_problems(job, part)]
+        job.problems += [p for p in dict.fromkeys(problems) if p not in job.problems]
     if not job.problems:
         _check_base(job)
+        _check_ages(job)
     return job
 
 
@@ -259,7 +374,7 @@ def _opened(job: Job, label: str, source: Any) -> Model | None:
         checkpoint = _source.open_checkpoint(
             job.recipe.where(source.path), source.item, source.step
         )
-        return _source.open_model(label, checkpoint, source.params)
+        return _source.open_model(label, checkpoint, source.params, source.rename)
     except ValueError as error:
         job.problems.append(f"{label}: {error}")
         return None
@@ -267,24 +382,16 @@ def _opened(job: Job, label: str, source: Any) -> Model | None:
 
 def _matches(job: Job, what: str, globs: list[str], names: list[str]) -> list[str]:
     try:
-        found = glob_matches(globs, names)
-    except (ValueError, re.error) as error:
+        found = _globs.matches(globs, names)
+    except ValueError as error:
         job.problems.append(f"{what}: {error}")
         return []
     if not found:
-        near = _closest(globs[0], names)
         job.problems.append(
             f"{what}: {', '.join(globs)} matches none of {len(names)} leaves; the closest path is "
-            f"{near}"
+            f"{_globs.closest(globs[0], names)}"
         )
     return found
-
-
-def _closest(glob: str, names: list[str]) -> str:
-    """Returns the path that shares most with a glob."""
-    plain = re.sub(r"[*?{}]", "", glob)
-    score = lambda name: difflib.SequenceMatcher(None, plain, name, autojunk=False).ratio()  # noqa: E731
-    return max(names, key=score, default="")
 
 
 def _parts(job: Job, names: list[str]) -> list[Part]:
@@ -314,38 +421,53 @@ def _parts(job: Job, names: list[str]) -> list[Part]:
             continue
         spec = rule.method if rule.method is not None else rule.otherwise
         spec = recipe.method if spec is None else spec
-        lists = [v for v in (*rule.values.values(), *rule.weights.values()) if isinstance(v, list)]
-        for position, group in _by_layer(job, i, found, bool(lists)):
-            at = lambda v: interpolated(v, position) if isinstance(v, list) else v  # noqa: B023, E731
-            try:
-                method = build_method(spec, {k: at(v) for k, v in rule.values.items()})
-            except ValueError as error:
-                job.problems.append(f"rule {i}: {error}")
-                break
-            weights = plain | {k: at(v) for k, v in rule.weights.items()}
-            parts.append(Part(i, method, None, weights, group))
+        at = lambda x: Layer(  # noqa: E731
+            build_method(spec, valued(rule.values, x)),  # noqa: B023
+            plain | valued(rule.weights, x),  # noqa: B023
+        )
+        try:
+            parts += _stacked(job, i, found, at) if rule.stacked else _by_layer(job, i, found, at)
+        except ValueError as error:
+            job.problems.append(f"rule {i}: {error}")
     if left:
         parts.append(Part(None, build_method(recipe.method, {}), None, plain, left))
     return parts
 
 
-def _by_layer(
-    job: Job, rule: int, names: list[str], gradient: bool
-) -> list[tuple[float, list[str]]]:
-    """Returns leaves with the position of their layer among all, from 0 to 1."""
-    if not gradient:
-        return [(0.0, names)]
-    layers: dict[int, list[str]] = {}
-    for name in names:
-        number = re.search(r"\d+", name)
-        if number is None:
-            job.problems.append(
-                f"rule {rule}: a list of values is a gradient over layers, but {name} has no number"
-            )
-            return []
-        layers.setdefault(int(number[0]), []).append(name)
-    last = max(len(layers) - 1, 1)
-    return [(i / last, layers[layer]) for i, layer in enumerate(sorted(layers))]
+def _by_layer(job: Job, i: int, names: list[str], at: Callable[[float], Layer]) -> Iterator[Part]:
+    """Gives the leaves under a rule layer by layer, with the rule's values there."""
+    rule = job.recipe.rules[i]
+    if not any(isinstance(v, list) for v in (*rule.values.values(), *rule.weights.values())):
+        method, weights = at(0.0)
+        yield Part(i, method, None, weights, names)
+        return
+    layers = _globs.layers(names)
+    if layers is None:
+        nameless = next(name for name in names if _globs.layers([name]) is None)
+        raise ValueError(
+            f"a list of values is a gradient over layers, but {nameless} has no number; is it a "
+            "stack of layers? Then say stacked: true"
+        )
+    numbers = sorted(set(layers.values()))
+    for position, number in enumerate(numbers):
+        method, weights = at(position / max(len(numbers) - 1, 1))
+        yield Part(i, method, None, weights, [n for n in names if layers[n] == number])
+
+
+def _stacked(job: Job, i: int, names: list[str], at: Callable[[float], Layer]) -> Iterator[Part]:
+    """Gives the leaves under a rule for stacks by how many layers they have."""
+    shapes = {name: job.reference.leaves[name].shape for name in names}
+    flat = [name for name, shape in shapes.items() if not shape or not shape[0]]
+    if flat:
+        raise ValueError(f"stacked: {_listed(flat)} has no layers along its first axis")
+    if at(0.0).method.contract.passes:
+        raise ValueError(
+            "stacked: a method that looks at all leaves first has no layers of its own"
+        )
+    for depth in sorted({shape[0] for shape in shapes.values()}):
+        layers = tuple(at(position / max(depth - 1, 1)) for position in range(depth))
+        alike = [name for name in names if shapes[name][0] == depth]
+        yield Part(i, layers[0].method, None, layers[0].weights, alike, layers)
 
 
 def _compare_structures(job: Job) -> None:
@@ -359,7 +481,8 @@ def _compare_structures(job: Job) -> None:
                 has = f"; it has {_listed(extra)}" if extra else ""
                 job.problems.append(
                     f"{model.label} lacks leaves that {reference.label} has: {_listed(missing)}"
-                    f"{has}; copy them with a rule keep: base, or leave them out with ignore:"
+                    f"{has}; name them alike with rename:, copy them with a rule keep: base, or "
+                    "leave them out with ignore:"
                 )
             for name in part.names:
                 leaf = model.leaves.get(name)
@@ -381,6 +504,8 @@ def _open_curvature(job: Job) -> None:
     if not any(part.method and part.method.contract.curvature for part in job.parts):
         return
     for name, expert in job.recipe.experts.items():
+        if name not in job.experts:
+            continue
         model, source = job.experts[name], expert.curvature
         try:
             checkpoint = model.checkpoint
@@ -408,6 +533,16 @@ def _part_problems(job: Job, part: Part) -> list[str]:
     problems: list[str] = []
     contract = part.method.contract
     curvature = None
+    # What is missing or no array was noted when the structures were compared.
+    part = part._replace(
+        names=[
+            name
+            for name in part.names
+            if all(isinstance(m.leaves.get(name), Abstract) for m in job.models.values())
+        ]
+    )
+    if not part.names:
+        return []
     if contract.curvature and len(job.curvature) == len(job.experts):
         curvature = {}
         for expert, v in job.curvature.items():
@@ -433,10 +568,11 @@ def _part_problems(job: Job, part: Part) -> list[str]:
         return []  # Noted when it was looked for.
     trees = {name: {n: model.leaves[n] for n in part.names} for name, model in job.experts.items()}
     base = None if job.base is None else {n: job.base.leaves[n] for n in part.names}
-    try:
-        checked_inputs(contract, trees, base, curvature, part.weights, key_of(job.recipe))
-    except ValueError as error:
-        problems += problems_of(error)
+    for weights in [layer.weights for layer in part.layers] or [part.weights]:
+        try:
+            checked_inputs(contract, trees, base, curvature, weights, key_of(job.recipe))
+        except ValueError as error:
+            problems += problems_of(error)
     return problems
 
 
@@ -464,6 +600,9 @@ def _check_base(job: Job) -> None:
             return
         vectors[name] = np.concatenate([np.asarray(x, np.float32).ravel() for x in arrays.values()])
     base = vectors.pop("base")
+    scale = float(np.linalg.norm(base)) or 1.0
+    for name, x in vectors.items():
+        job.kinship[name] = (float(np.linalg.norm(x - base)) / scale, _cosine(x, base))
     strangers = [name for name, x in vectors.items() if _cosine(x, base) < 0.5]
     if not strangers:
         return
@@ -477,6 +616,38 @@ def _check_base(job: Job) -> None:
         job.problems.append(what + "; name the right base:, or check_base: false if you are sure")
     elif np.isfinite(_cosine(first, base)):
         job.warnings.append(what)
+
+
+# Fewer gradients than these make a noisy estimate.
+_FEW = 10
+
+
+def _check_ages(job: Job) -> None:
+    """Notes how far the models were trained, and curvature that is empty, noisy or old."""
+    try:
+        for name, model in job.models.items():
+            if (step := model.step) is not None:
+                job.steps[name] = step
+        for name, v in job.curvature.items():
+            if (gradients := v.gradients) is not None:
+                job.gradients[name] = gradients
+            _check_age(job, name, v)
+    except ValueError as error:
+        job.problems.append(str(error))
+
+
+def _check_age(job: Job, name: str, v: CurvatureOf) -> None:
+    label, gradients = f"the curvature of expert {name!r}", job.gradients.get(name)
+    if gradients == 0 and v.missing is None:
+        job.problems.append(
+            f"{label} is zero: its optimizer state has seen no gradient; name the state at the end "
+            "of training with curvature:"
+        )
+    elif gradients is not None and gradients < _FEW:
+        job.warnings.append(f"{label} is noisy: it was estimated from {gradients} gradients")
+    then, now = v.step(job.experts[name]), job.steps.get(name)
+    if None not in (then, now) and then != now:
+        job.warnings.append(f"{label} is of step {then}, but the expert is of step {now}")
 
 
 def _cosine(x: np.ndarray, y: np.ndarray) -> float:

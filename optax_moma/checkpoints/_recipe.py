@@ -2,8 +2,10 @@
 
 import difflib
 import inspect
+import math
 import re
-from collections.abc import Hashable, Mapping
+import types
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -28,16 +30,6 @@ from ..merging import MergeError
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_keys(cls, data: Any) -> Any:
-        if isinstance(data, Mapping):
-            known = [field.alias or name for name, field in cls.model_fields.items()]
-            for key in data:
-                if key not in known and key not in cls.model_fields:
-                    raise ValueError(unknown("key", str(key), known))
-        return data
 
 
 def unknown(what: str, name: str, known: list[str]) -> str:
@@ -64,6 +56,24 @@ def _local(path: str) -> str:
     return path
 
 
+def _number(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"must be a finite number, got {value!r}")
+    return value
+
+
+def _gradient(value: Any) -> Any:
+    if isinstance(value, list) and len(value) < 2:
+        raise ValueError(f"a gradient has at least two numbers, got {value!r}")
+    return [_number(x) for x in value] if isinstance(value, list) else value
+
+
+def _step(value: Any) -> Any:
+    if value == "latest" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        return value
+    raise ValueError(f'must be a number of at least 0, or "latest", got {value!r}')
+
+
 def _plain(name: str) -> str:
     if Path(name).name != name:
         raise ValueError(f"{name!r} is the name of an item in a checkpoint, not a path")
@@ -76,9 +86,13 @@ LocalPath = Annotated[
     AfterValidator(_local),
 ]
 Item = Annotated[str, AfterValidator(_plain)]
-Step = Annotated[int, Field(ge=0)] | Literal["latest"]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Values = dict[str, Any]
+Step = Annotated[int | Literal["latest"], BeforeValidator(_step)]
+Finite = Annotated[float, BeforeValidator(_number)]
+Value = Annotated[Any, AfterValidator(_gradient)]
+Weight = Annotated[
+    float | list[float],
+    BeforeValidator(lambda x: _gradient(x) if isinstance(x, list) else _number(x)),
+]
 
 
 class CurvatureSource(_Strict):
@@ -91,7 +105,8 @@ class CurvatureSource(_Strict):
       step: The step of that checkpoint.
       tree: The path of the optimizer's state in the checkpoint; by default it is searched for.
       b2: The decay of Adam's or umtam's second moments, to correct their bias.
-      missing: The curvature of leaves that have none, frozen ones for example; by default an error.
+      missing: The curvature of leaves that have none, or one that is zero throughout though the
+        leaf was trained; frozen ones for example. By default an error.
     """
 
     path: LocalPath | None = None
@@ -111,12 +126,16 @@ class Source(_Strict):
       step: Which step of a folder of steps; a number or "latest".
       params: The path of the params in the tree, such as "state.params"; by default what is called
         "params", or the whole tree.
+      rename: What this checkpoint's leaves are called in the merge, from globs to names:
+        ``{"h/*/**": "layers_*/**"}``. What wildcards match comes back in the same order. Rules and
+        messages know the new names.
     """
 
     path: LocalPath
     item: Item | None = None
     step: Step | None = None
     params: str | None = None
+    rename: dict[str, str] = {}
 
 
 class Expert(Source):
@@ -127,6 +146,7 @@ class Expert(Source):
       item: As in ``Source``.
       step: As in ``Source``.
       params: As in ``Source``.
+      rename: As in ``Source``.
       curvature: The path of the optimizer's state in the checkpoint, or a ``CurvatureSource``; by
         default it is searched for, if the method needs one.
       weight: The expert's weight in the merge.
@@ -144,8 +164,11 @@ class Rule(_Strict):
         parts, ``?`` one character, ``{a,b}`` one of several, ``{0..3}`` a range of numbers.
       method: Another method.
       values: Other numbers for the method. A list is a gradient: it is interpolated over the layers
-        that the rule matches, by the first number in their paths.
+        that the rule matches, from the first to the last. A leaf's layer is the first number in its
+        path that is not the same in all of them.
       weights: Other weights of the experts by name; lists are gradients.
+      stacked: Whether the leaves are stacks of layers along their first axis, as scanned layers
+        are. Each layer is then merged as a leaf of its own, and gradients run over them.
       keep: "base", or an expert's name: the leaves are copied from there.
       otherwise: (``else`` in a recipe.) "base", or a method, for all that no rule matches; it comes
         last.
@@ -153,10 +176,16 @@ class Rule(_Strict):
 
     match: str | list[str] | None = None
     method: Any = None
-    values: Values = {}
-    weights: dict[str, Finite | list[Finite]] = {}
+    values: dict[str, Value] = {}
+    weights: dict[str, Weight] = {}
+    stacked: bool = False
     keep: str | None = None
     otherwise: Any = Field(None, alias="else")
+
+    @classmethod
+    def all(cls) -> "Rule":
+        """Returns the rule that changes nothing, of the leaves that no rule matches."""
+        return cls.model_construct()
 
     @property
     def globs(self) -> list[str]:
@@ -167,15 +196,16 @@ class Rule(_Strict):
     def _one_purpose(self) -> Self:
         if (self.match is None) == (self.otherwise is None):
             raise ValueError("a rule has either match: or else:")
-        changes = self.method is not None or self.values or self.weights
+        changes = self.method is not None or self.values or self.weights or self.stacked
         if self.otherwise is not None and (changes or self.keep):
             raise ValueError("else: names the method, or 'base', and stands alone")
         if self.otherwise is None and bool(changes) == (self.keep is not None):
             raise ValueError(
-                "a rule has either keep:, or at least one of method:, values:, weights:"
+                "a rule has either keep:, or at least one of method:, values:, weights:, stacked:"
             )
         for value in (self.method, self.otherwise):
-            if value is not None and value != "base":
+            # With values: it is looked at together with them, where the recipe's method is known.
+            if value is not None and value != "base" and not self.values:
                 build_method(value, {})
         return self
 
@@ -205,6 +235,8 @@ class Recipe(_Strict):
       ignore: Globs of leaves that are neither read nor written, such as heads of their own.
       seed: For methods that draw: the random key is ``jax.random.key(seed)``.
       check_base: Whether to look if the experts were fine-tuned from this base.
+      allow_nonfinite: Whether NaN and infinities in the models are merged as any number is; by
+        default they are an error.
       output: What is written.
 
     Example:
@@ -225,33 +257,61 @@ class Recipe(_Strict):
     ignore: list[str] = []
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     check_base: bool = True
+    allow_nonfinite: bool = False
     output: Output = Output()
-    _folder: Path = PrivateAttr(Path())
+    _file: Path | None = PrivateAttr(None)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        build_method(self.method, {})
+        if problems := list(self._inconsistencies()):
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _inconsistencies(self) -> Iterator[str]:
+        names = list(self.experts)
+        if "base" in names:
+            yield "experts.base: this is what the base is called; name it otherwise"
+        if "" in names:
+            yield "experts: one has no name"
+        seen: dict[tuple[Any, ...], str] = {}
+        for name, expert in self.experts.items():
+            place = (Path(expert.path), expert.item, expert.step, expert.params)
+            if seen.setdefault(place, name) != name:
+                yield (
+                    f"experts.{name}: the same checkpoint as {seen[place]!r}; leave one of them "
+                    "out, or give it more weight:"
+                )
+        try:
+            build_method(self.method, {})
+        except ValueError as error:
+            yield f"method: {error}"
+            return
         for i, rule in enumerate(self.rules):
             where = f"rules.{i}: "
             if rule.otherwise is not None and i < len(self.rules) - 1:
-                raise ValueError(where + "else: comes last")
-            if rule.keep not in (None, "base", *self.experts):
-                raise ValueError(where + unknown("model", rule.keep, ["base", *self.experts]))
+                yield where + "else: comes last"
+            if rule.keep not in (None, "base", *names):
+                yield where + unknown("model", rule.keep, ["base", *names])
             for name in rule.weights:
-                if name not in self.experts:
-                    raise ValueError(where + unknown("expert", name, list(self.experts)))
+                if name not in names:
+                    yield where + unknown("expert", name, names)
             if "base" in (rule.keep, rule.otherwise) and self.base is None:
-                raise ValueError(where + "it keeps the base, but the recipe has no base:")
-            if rule.values:
-                first = {
-                    k: v[0] if isinstance(v, list) and v else v for k, v in rule.values.items()
-                }
-                build_method(self.method if rule.method is None else rule.method, first)
-        return self
+                yield where + "it keeps the base, but the recipe has no base:"
+            method = self.method if rule.method is None else rule.method
+            try:
+                for position in (0, 1) if rule.values else ():
+                    build_method(method, valued(rule.values, position))
+            except ValueError as error:
+                yield where + str(error)
 
     def where(self, path: str) -> Path:
         """Returns a path of the recipe as one that can be opened."""
-        return (self._folder / path).absolute()
+        return (Path() if self._file is None else self._file.parent).joinpath(path).absolute()
+
+    @property
+    def file(self) -> Path | None:
+        """The file that it was read from, if it was."""
+        return self._file
 
     @classmethod
     def load(cls, path: Path | str) -> "Recipe":
@@ -262,15 +322,20 @@ class Recipe(_Strict):
         """
         path = Path(path)
         try:
-            data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+            if path.stat().st_size > _MOST_BYTES:
+                raise ValueError(f"Cannot read the recipe {path}: it is larger than a megabyte")
+            data = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"Cannot read the recipe {path}: {error}") from error
         except yaml.YAMLError as error:
-            raise ValueError(f"The recipe {path} is not valid YAML: {error}") from error
+            hint = _QUOTES if "alias" in str(error) else ""
+            raise ValueError(f"The recipe {path} is not valid YAML: {error}{hint}") from error
+        except RecursionError:
+            raise ValueError(f"The recipe {path} is not valid YAML: nested too deeply") from None
         if not isinstance(data, Mapping):
             raise ValueError(f"The recipe {path} must be a mapping with experts: and method:.")
         recipe = cls.of(data, name=str(path))
-        recipe._folder = path.absolute().parent
+        recipe._file = path.absolute()
         return recipe
 
     @classmethod
@@ -287,17 +352,49 @@ class Recipe(_Strict):
         try:
             return cls.model_validate(recipe)
         except ValidationError as error:
-            problems = [
-                ".".join(map(str, e["loc"]))
-                + (": " if e["loc"] else "")
-                + e["msg"].removeprefix("Value error, ")
-                for e in error.errors()
-            ]
+            problems = [text for e in error.errors() for text in _problems(e)]
             raise MergeError(f"The recipe{' ' if name else ''}{name} has", problems) from None
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Builds plain data only, and refuses a key that is given twice."""
+# The schema of what stands under a key of the recipe.
+_BELOW: dict[str, type[_Strict]] = {
+    "base": Source,
+    "experts": Expert,
+    "rules": Rule,
+    "output": Output,
+}
+
+
+def _problems(error: Any) -> list[str]:
+    """Returns what to say of one of pydantic's errors."""
+    *above, last = error["loc"] or ("",)
+    where = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        schema = _BELOW[above[0]] if above else Recipe
+        schema = CurvatureSource if "curvature" in above[2:] else schema
+        known = [field.alias or name for name, field in schema.model_fields.items()]
+        inside = f"{'.'.join(map(str, above))}: " if above else ""
+        return [inside + unknown("key", str(last), known)]
+    if error["type"] == "missing":
+        return [f"{where} is missing"]
+    said = error["msg"].removeprefix("Value error, ").split("\n")
+    return [f"{where}: {text}" if where else text for text in said]
+
+
+_MOST_BYTES = 1 << 20
+_QUOTES = "; a glob that starts with * stands in quotes"
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Builds plain data only: no tags of Python's, no key twice, no aliases, which can explode."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the alias *{event.anchor} is not allowed", event.start_mark
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -307,6 +404,12 @@ class _UniqueKeys(yaml.SafeLoader):
                     None, None, f"the key {key!r} is given twice", node.value[i][0].start_mark
                 )
         return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 takes 1e-6 for a text, as it lacks the point; everybody who writes it means the number.
+_PlainLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+\Z"), list("-+0123456789")
+)
 
 
 def build_method(spec: Any, values: Mapping[str, Any]) -> merging.Step:
@@ -335,64 +438,46 @@ def build_method(spec: Any, values: Mapping[str, Any]) -> merging.Step:
     known = inspect.signature(METHODS[name]).parameters
     for option in options:
         if option not in known:
-            raise ValueError(unknown(f"option of {name}", option, list(known)))
+            raise ValueError(unknown(f"option of {name}", str(option), list(known)))
     required = [o for o, p in known.items() if p.default is p.empty and o not in options]
     if required:
         raise ValueError(f"{name} needs {', '.join(required)}")
+    # knots(*steps) merges in another space by the steps that it is given: a list in a recipe.
+    steps = [o for o, p in known.items() if p.kind is p.VAR_POSITIONAL]
+    inner = options.pop(steps[0]) if steps else []
+    if not isinstance(inner, list):
+        raise ValueError(f"{name}: {steps[0]} must be a list of steps, got {inner!r}")
     try:
-        return METHODS[name](**options)
-    except TypeError as error:
+        return METHODS[name](*(build_method(step, {}) for step in inner), **options)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _factories() -> dict[str, Any]:
-    """The functions of ``optax_moma.merging`` that make a step of numbers and switches."""
-    found = {}
-    for name, thing in vars(merging).items():
-        if name.startswith("_") or not inspect.isfunction(thing):
+def _factories(module: types.ModuleType, prefix: str = "") -> dict[str, Any]:
+    """The functions of ``optax_moma.merging`` that return a step, and those of its public modules.
+
+    The latter are named with the module: ``peft.ties``.
+    """
+    found: dict[str, Any] = {}
+    for name, thing in vars(module).items():
+        if name.startswith("_"):
             continue
-        signature = inspect.signature(thing)
-        positional = any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values())
-        if hasattr(signature.return_annotation, "contract") and not positional:
-            found[name] = thing
+        if inspect.ismodule(thing) and thing.__name__.startswith(module.__name__ + "."):
+            found |= _factories(thing, f"{prefix}{name}.")
+        elif inspect.isfunction(thing) and thing.__module__.startswith(merging.__name__ + "."):
+            returned = inspect.signature(thing, eval_str=True).return_annotation
+            # A chain is a list in a recipe.
+            if hasattr(returned, "contract") and thing is not merging.chain:
+                found[prefix + name] = thing
     return found
 
 
-METHODS = _factories()
+METHODS = _factories(merging)
 
 
-def glob_matches(globs: list[str], names: list[str]) -> list[str]:
-    """Returns the names that one of the globs matches."""
-    patterns = [re.compile(_regex(glob)) for glob in globs]
-    return [name for name in names if any(p.fullmatch(name) for p in patterns)]
-
-
-def _regex(glob: str) -> str:
-    result, i, depth = "", 0, 0
-    while i < len(glob):
-        numbers = re.compile(r"\{(\d+)\.\.(\d+)\}").match(glob, i)
-        if numbers:
-            low, high = int(numbers[1]), int(numbers[2])
-            result += "(?:" + "|".join(map(str, range(low, high + 1))) + ")"
-            i = numbers.end()
-            continue
-        if glob.startswith("**/", i):
-            token, step = "(?:.*/)?", 3
-        elif glob.startswith("/**", i) and i + 3 == len(glob):
-            token, step = "(?:/.*)?", 3
-        elif glob.startswith("**", i):
-            token, step = ".*", 2
-        else:
-            char, step = glob[i], 1
-            depth += (char == "{") - (char == "}" and depth > 0)
-            inside = depth > 0 or char == "}"
-            special = {"*": "[^/]*", "?": "[^/]", "{": "(?:", "}": ")" if "(?:" in result else None}
-            token = special.get(char) or ("|" if char == "," and inside else re.escape(char))
-        result += token
-        i += step
-    if depth:
-        raise ValueError(f"{glob!r} has an opening brace without a closing one")
-    return result
+def valued(values: Mapping[str, Any], position: float) -> dict[str, Any]:
+    """Returns numbers with gradients replaced by their values at a position from 0 to 1."""
+    return {k: interpolated(v, position) if isinstance(v, list) else v for k, v in values.items()}
 
 
 def interpolated(values: list[float], position: float) -> float:

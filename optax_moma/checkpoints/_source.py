@@ -14,7 +14,7 @@ import numpy as np
 from .. import _curvature
 from .._moments import Factored
 from .._tree import named_leaves
-from . import _orbax, _safetensors
+from . import _globs, _orbax, _safetensors
 
 Abstract = jax.ShapeDtypeStruct
 Step = int | Literal["latest"] | None
@@ -32,12 +32,14 @@ class Checkpoint:
       item: The name of its tree, if Orbax needs one.
       tree: Dicts and lists, with an abstract array at each leaf.
       tensors: The places of its tensors if it is safetensors, else None.
+      step: Which step it is, if it lies in a folder of steps.
     """
 
     path: Path
     item: str | None
     tree: Any
     tensors: Mapping[str, _safetensors.Tensor] | None
+    step: int | None = None
 
     def read(self, names: Collection[str]) -> dict[str, np.ndarray]:
         """Reads leaves by their names into the host's memory.
@@ -91,7 +93,7 @@ def open_checkpoint(path: Path, item: str | None = None, step: Step = None) -> C
     if not path.exists():
         near = _siblings_like(path)
         raise ValueError(f"{path} does not exist" + (f"; there is {near}" if near else ""))
-    found = _orbax.steps(path)
+    found, number = _orbax.steps(path), None
     if found or step is not None:
         listed = ", ".join(map(str, sorted(found))) or "none"
         if step is None:
@@ -104,14 +106,15 @@ def open_checkpoint(path: Path, item: str | None = None, step: Step = None) -> C
         if _safetensors.files(path):
             tensors = _safetensors.tensors(path)
             places = {_slashed(name): tensor for name, tensor in tensors.items()}
-            return Checkpoint(path, None, _nested(tensors), places)
+            tree = _nested({n: Abstract(x.shape, x.dtype) for n, x in places.items()})
+            return Checkpoint(path, None, tree, places, number)
         tree = _orbax.metadata(path, item)
     except (ValueError, OSError, RuntimeError) as error:
         raise ValueError(f"{path} cannot be read: {_first_line(error)}") from error
     names, _ = named_leaves(tree)
     if len(set(names)) < len(names):
         raise ValueError(f"{path} has two leaves with one path, as a key contains a slash")
-    return Checkpoint(path, item, tree, None)
+    return Checkpoint(path, item, tree, None, number)
 
 
 def inspect(
@@ -155,6 +158,7 @@ class Model(NamedTuple):
       tree: The params' part of the checkpoint's tree, with the leaf's path at each leaf.
       leaves: Abstract arrays by leaf path.
       stored: The leaves' names in the checkpoint by leaf path.
+      prefix: The path of the params in the checkpoint.
     """
 
     label: str
@@ -162,9 +166,22 @@ class Model(NamedTuple):
     tree: Any
     leaves: dict[str, Abstract]
     stored: dict[str, str]
+    prefix: tuple[str, ...]
+
+    @property
+    def step(self) -> int | None:
+        """How far it was trained: what is called "step" beside its params, or the folder's step."""
+        for depth in range(len(self.prefix), -1, -1):
+            name = "/".join((*self.prefix[:depth], "step"))
+            leaf = self.checkpoint.leaves.get(name)
+            if name not in self.stored.values() and isinstance(leaf, Abstract) and leaf.shape == ():
+                return int(self.checkpoint.read([name])[name])
+        return self.checkpoint.step
 
 
-def open_model(label: str, checkpoint: Checkpoint, params: str | None) -> Model:
+def open_model(
+    label: str, checkpoint: Checkpoint, params: str | None, rename: Mapping[str, str] | None = None
+) -> Model:
     """Finds the params in a checkpoint.
 
     Args:
@@ -172,9 +189,10 @@ def open_model(label: str, checkpoint: Checkpoint, params: str | None) -> Model:
       checkpoint: The checkpoint.
       params: Their path in the checkpoint, with slashes or dots. None: what is called "params",
         or all of a checkpoint that has nothing of an optimizer.
+      rename: Globs of leaf paths, and what the leaves are called in the merge.
 
     Raises:
-      ValueError: if they are not found.
+      ValueError: if they are not found, or cannot be renamed.
     """
     prefix = _found_params(checkpoint) if params is None else _split(checkpoint.tree, params)
     tree = checkpoint.tree
@@ -183,12 +201,17 @@ def open_model(label: str, checkpoint: Checkpoint, params: str | None) -> Model:
     names, leaves = named_leaves(tree)
     plain = without_value(names)
     stored = ["/".join((*prefix, name)) if name else "/".join(prefix) for name in names]
+    tree = jax.tree.structure(tree).unflatten(plain)
+    if rename:
+        plain = _globs.renamed(rename, plain)
+        tree = _nested(dict(zip(plain, plain, strict=True)))
     return Model(
         label,
         checkpoint,
-        jax.tree.structure(tree).unflatten(plain),
+        tree,
         dict(zip(plain, leaves, strict=True)),
         dict(zip(plain, stored, strict=True)),
+        prefix,
     )
 
 
@@ -232,6 +255,33 @@ class CurvatureOf(NamedTuple):
     needs: dict[str, Need]
     b2: float
     missing: float | None
+
+    @property
+    def kind(self) -> str:
+        """Whose moments it is read from, and where they lie."""
+        kinds = sorted({need.kind for need in self.needs.values()})
+        return f"{', '.join(kinds) or 'nothing'} in {self.checkpoint.path}"
+
+    @property
+    def gradients(self) -> int | None:
+        """How many gradients it was estimated from; None if nothing tells."""
+        if self.checkpoint.tensors is not None:
+            return self._noted("gradients")
+        names = {s["count"] for s in (n.scalars for n in self.needs.values()) if "count" in s}
+        arrays = self.checkpoint.read(sorted(names)) if names else {}
+        return min((int(np.min(x)) for x in arrays.values()), default=None)
+
+    def step(self, model: Model) -> int | None:
+        """Returns of which step of training it is; None if nothing tells."""
+        if self.checkpoint.tensors is not None:
+            return self._noted("step")
+        if self.checkpoint.path == model.checkpoint.path:
+            return model.step
+        return model._replace(checkpoint=self.checkpoint).step
+
+    def _noted(self, what: str) -> int | None:
+        said = _safetensors.notes(_safetensors.files(self.checkpoint.path)[0]).get(what, "")
+        return int(said) if said.isdecimal() else None
 
     def assembled(self, name: str, leaf: Abstract, arrays: Mapping[str, Any]) -> Any:
         """Returns a leaf's curvature from the arrays that it needs; None if it has none."""
@@ -312,8 +362,9 @@ def _of_model(model: Model, needs: dict[str, Need]) -> dict[str, Need]:
     """The needs by the model's own leaf paths: the longest path that is known is the leaf's."""
     found = {}
     for name, stored in model.stored.items():
-        above = stored.removesuffix("/value").removesuffix(name).strip("/").split("/")
-        paths = ["/".join([*above[i:], name]) for i in range(len(above))] + [name]
+        # The optimizer knows a leaf by its own name, not by the one that the recipe gives it.
+        parts = stored.removesuffix("/value").split("/")
+        paths = ["/".join(parts[i:]) for i in range(len(model.prefix) + 1)]
         known = next((path for path in paths if path in needs), None)
         if known is not None:
             found[name] = needs[known]
@@ -393,18 +444,18 @@ def _split(tree: Any, path: str) -> tuple[str, ...]:
     return keys
 
 
-def _nested(tensors: Mapping[str, _safetensors.Tensor]) -> dict[str, Any]:
+def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
-    for name, tensor in tensors.items():
-        *folders, last = _slashed(name).split("/")
+    for name, leaf in leaves.items():
+        *folders, last = name.split("/")
         node = tree
         for key in folders:
             node = node.setdefault(key, {})
             if not isinstance(node, dict):
-                raise ValueError(f"{name} lies below another tensor")
+                raise ValueError(f"{name} lies below another leaf")
         if last in node:
-            raise ValueError(f"{name} is the name of a tensor and of a group of tensors")
-        node[last] = Abstract(tensor.shape, tensor.dtype)
+            raise ValueError(f"{name} is the name of a leaf and of a group of leaves")
+        node[last] = leaf
     return tree
 
 

@@ -411,7 +411,10 @@ def _faulty_values(
                 if not _has_values(leaf):
                     continue
                 if _kind(leaf) == "float":
-                    what = "values that are not finite; retrain or leave this model out"
+                    what = (
+                        "values that are not finite; retrain, leave this model out, or let them "
+                        "through with a recipe's allow_nonfinite"
+                    )
                     faults.append((where, what, _count_not_finite(leaf)))
                 elif leaf is not other and _has_values(other) and _kind(other) == "other":
                     what = (

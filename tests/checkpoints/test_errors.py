@@ -165,7 +165,7 @@ def test_nan_in_a_kept_leaf(world, tmp_path):
 def test_curvature_that_is_none(world, tmp_path, value):
     state = optax.adam(1e-3).init({k: v for k, v in world.base.items() if k != "buckets"})
     nu = {**state[0].nu, "embedding": jnp.full((24, 16), value)}
-    state = (state[0]._replace(nu=nu), *state[1:])
+    state = (state[0]._replace(nu=nu, count=jnp.int32(20)), *state[1:])
     ocp.save(tmp_path / "math", {"params": world.experts["math"], "opt_state": state})
     recipe = world.recipe("fisher")
     recipe["experts"]["math"]["path"] = str(tmp_path / "math")

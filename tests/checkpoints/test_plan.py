@@ -11,7 +11,8 @@ import pytest
 import optax_moma as om
 from optax_moma import checkpoints
 from optax_moma.checkpoints import Expert, Recipe, Rule
-from optax_moma.checkpoints._recipe import glob_matches, interpolated
+from optax_moma.checkpoints._globs import matches
+from optax_moma.checkpoints._recipe import interpolated
 
 ocp = pytest.importorskip("orbax.checkpoint").v1
 
@@ -31,7 +32,7 @@ ocp = pytest.importorskip("orbax.checkpoint").v1
     ],
 )
 def test_globs(glob, yes, no):
-    assert glob_matches([glob], [*yes, *no]) == yes
+    assert matches([glob], [*yes, *no]) == yes
 
 
 def test_gradient_values():
@@ -86,11 +87,23 @@ def test_plan_counts(world):
     read_alike = 3 * (sum(sizes.values()) - kept) + kept
     # What is merged by moma reads second moments too: R, C of the matrices, nu of the rest.
     assert read_alike < found.read_bytes < read_alike + 3 * sum(sizes.values())
-    assert found.rules == [
-        ("layers_*/kernel", 3),
-        ("**/bias, embedding", 4),
-        ("(no rule)", 5),
+    assert [(rule.match, rule.action, len(rule.names)) for rule in found.rules] == [
+        ("layers_*/kernel", "copied from math", 3),
+        ("**/bias, embedding", "average", 4),
+        ("(no rule)", "moma", 5),
     ]
+    assert found.rules[1].names == ["embedding", *(f"layers_{i}/bias" for i in range(3))]
+    base, code, math_ = found.models
+    assert (base.name, base.params, base.step, base.curvature) == ("base", "", None, None)
+    assert (math_.params, math_.step, math_.gradients) == ("params", 3, 3)
+    assert math_.curvature == f"moma in {world.folder / 'math'}"
+    assert code.dtypes == ["bfloat16", "float32", "int32"] and code.bytes == sum(sizes.values())
+    assert math_.drift is None  # What moma merges has no matrix that is large enough to tell.
+    math_ = checkpoints.plan(world.recipe("moma")).models[-1]
+    w, w0 = (np.float64(x["embedding"]) for x in (world.experts["math"], world.base))
+    drift = np.linalg.norm(w - w0) / np.linalg.norm(w0)
+    cosine = np.sum(w * w0) / np.linalg.norm(w) / np.linalg.norm(w0)
+    np.testing.assert_allclose([math_.drift, math_.cosine], [drift, cosine], rtol=1e-5)
     assert found.coverage == {"code": (4, 4), "math": (4, 4)}
     assert found.passes == 1 and found.peak_bytes > 1e8
 
@@ -105,10 +118,14 @@ def test_plan_of_two_passes(world):
 def test_plan_reads_metadata_only(world, monkeypatch):
     from optax_moma.checkpoints import _orbax
 
-    def read(*_):
-        raise AssertionError("plan reads arrays")
+    read = _orbax.read
 
-    monkeypatch.setattr(_orbax, "read", read)
+    def read_numbers(*arguments):
+        arrays = read(*arguments)
+        assert all(x.shape == () for x in arrays.values()), "plan reads arrays"
+        return arrays
+
+    monkeypatch.setattr(_orbax, "read", read_numbers)
     recipe = world.recipe("moma", check_base=False)
     assert checkpoints.plan(recipe).problems == []
 
