@@ -1,5 +1,8 @@
 """Model merging: methods as chains of small steps, and one pure function that applies them."""
 
+from optax_moma.merging._adamerging import AdaMerged as AdaMerged
+from optax_moma.merging._adamerging import adamerging as adamerging
+from optax_moma.merging._adamerging import entropy as entropy
 from optax_moma.merging._contract import Contract as Contract
 from optax_moma.merging._contract import Step as Step
 from optax_moma.merging._data_fisher import diagonal_fisher as diagonal_fisher
