@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PUBLIC_MODULES = ["optax_moma", "optax_moma.merging", "optax_moma.checkpoints"]
+PUBLIC_MODULES = [
+    "optax_moma",
+    "optax_moma.merging",
+    "optax_moma.merging.fusion_bench",
+    "optax_moma.merging.mergekit",
+    "optax_moma.merging.peft",
+    "optax_moma.checkpoints",
+]
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:

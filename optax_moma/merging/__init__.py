@@ -1,5 +1,8 @@
 """Model merging: methods as chains of small steps, and one pure function that applies them."""
 
+from optax_moma.merging import fusion_bench as fusion_bench
+from optax_moma.merging import mergekit as mergekit
+from optax_moma.merging import peft as peft
 from optax_moma.merging._adamerging import AdaMerged as AdaMerged
 from optax_moma.merging._adamerging import adamerging as adamerging
 from optax_moma.merging._adamerging import entropy as entropy
@@ -16,6 +19,7 @@ from optax_moma.merging._diagonal import ties as ties
 from optax_moma.merging._diagonal import umtam as umtam
 from optax_moma.merging._geometric import karcher as karcher
 from optax_moma.merging._geometric import model_stock as model_stock
+from optax_moma.merging._geometric import multislerp as multislerp
 from optax_moma.merging._geometric import slerp as slerp
 from optax_moma.merging._gram import regmean as regmean
 from optax_moma.merging._gram import wudi as wudi

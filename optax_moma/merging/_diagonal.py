@@ -70,11 +70,9 @@ def ties(density: Number = 0.2, scale: Number = 1.0) -> Chain:
 
     Needs a base; takes any number of experts, with weights that are not negative.
 
-    Libraries differ. Here, as in mergekit, leaves are trimmed one by one, the vote is on weighted
-    task vectors and the sum is divided by the weights that agree (peft votes on unweighted ones
-    and divides by their count; the published code trims all leaves together: that is
-    ``chain(trim(density, scope="global"), elect(), mean(), scale(scale))``). A tied vote keeps
-    the base, where mergekit takes the positive sign.
+    Libraries differ. Here leaves are trimmed one by one, the vote is on weighted task vectors, the
+    sum is divided by the weights that agree, and a tied vote keeps the base. ``mergekit.ties``,
+    ``peft.ties`` and ``fusion_bench.ties`` do as those libraries do.
 
     Args:
       density: Share of entries kept in each expert, from 0 to 1.
@@ -104,7 +102,7 @@ def dare(density: Number = 0.5, scale: Number = 1.0) -> Chain:
 
     Needs a base and a key; takes any number of experts. The same key gives the same draws in
     whatever order leaves and named experts come. mergekit rescales to the L1 norm before the drop
-    instead of by 1 / density.
+    instead of by 1 / density: that is ``mergekit.dare_linear``.
 
     Args:
       density: Share of entries kept on average, from 0 to 1: one minus the paper's drop rate.

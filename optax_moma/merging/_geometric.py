@@ -113,9 +113,8 @@ def karcher(iterations: int = 10) -> Chain:
     u <- exp_u(sum_t s_t log_u(x_t / |x_t|)) from the normalised weighted mean of directions;
     merged = [base +] (sum_t s_t |x_t|) u, s_t = w_t / sum w.
 
-    Takes any number of experts, with weights that are not negative; the base is optional. One
-    iteration is what mergekit calls multislerp. Two experts of one length and equal weights give
-    the same as ``slerp``.
+    Takes any number of experts, with weights that are not negative; the base is optional. Two
+    experts of one length and equal weights give the same as ``slerp``.
 
     Args:
       iterations: How many steps, at least 0.
@@ -136,6 +135,29 @@ def karcher(iterations: int = 10) -> Chain:
     """
     check_number("iterations", iterations, 0)
     return chain(Karcher(int(iterations)))
+
+
+def multislerp() -> Chain:
+    """Averages the experts' directions as vectors, and their lengths.
+
+    merged = [base +] (sum_t s_t |x_t|) u / |u|, u = sum_t s_t x_t / |x_t|, s_t = w_t / sum w.
+
+    Takes any number of experts, with weights that are not negative; the base is optional. It is
+    where ``karcher`` starts. mergekit, which has it as multislerp, describes one step in the
+    tangent space at u; but the tangents there add up to zero, so the step stays at u.
+
+    Returns:
+      A method for ``merge``: ``karcher(iterations=0)``.
+
+    Example:
+      >>> from optax_moma.merging import merge, multislerp
+      >>> experts = [{"w": jnp.array([2., 0.])}, {"w": jnp.array([0., 4.])}]
+      >>> merge(multislerp(), experts, weights=[3.0, 1.0])["w"].round(4)
+      Array([2.3717, 0.7906], dtype=float32)
+
+    Source: Goddard, "Multi-SLERP", the method of that name in mergekit.
+    """
+    return karcher(iterations=0)
 
 
 @jax.tree_util.register_dataclass

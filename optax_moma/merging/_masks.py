@@ -148,6 +148,7 @@ class DropByMagnitude:
 
     density: Number
     spread: Number
+    rescale: bool = field(default=True, metadata={"static": True})
 
     @property
     def contract(self) -> Contract:
@@ -167,13 +168,15 @@ class DropByMagnitude:
             rank = jnp.argsort(order, axis=axis).astype(leaf.delta.dtype) / (size - 1)
         probability = self.density + self.spread * (2 * rank - 1 if size > 1 else rank)
         draws = jax.lax.map(lambda key: jax.random.uniform(key, shape, jnp.float32), leaf.keys)
-        return leaf._replace(
-            delta=leaf.delta / _metric.nonzero(probability),
-            weight=leaf.weight * (draws < probability),
-        )
+        leaf = leaf._replace(weight=leaf.weight * (draws < probability))
+        if not self.rescale:
+            return leaf
+        return leaf._replace(delta=leaf.delta / _metric.nonzero(probability))
 
 
-def drop_by_magnitude(density: Number, spread: Number = 0.15) -> DropByMagnitude:
+def drop_by_magnitude(
+    density: Number, spread: Number = 0.15, *, rescale: bool = True
+) -> DropByMagnitude:
     """Drops entries of each expert at random, small ones more often, and scales up the rest.
 
     p_t = density + spread * (2 r_t - 1), r_t in [0, 1] the rank of |d_t| along the fan-in axis
@@ -182,6 +185,7 @@ def drop_by_magnitude(density: Number, spread: Number = 0.15) -> DropByMagnitude
     Args:
       density: Share of entries kept on average, from 0 to 1.
       spread: How much more than the average the largest entries are kept, and the smallest less.
+      rescale: Whether to divide the task vectors by the probabilities.
 
     Returns:
       A step. Needs a base and a key.
@@ -201,7 +205,7 @@ def drop_by_magnitude(density: Number, spread: Number = 0.15) -> DropByMagnitude
     check_number("density", density, 0, 1)
     if not isinstance(density, jax.Array):
         check_number("spread", spread, 0, min(float(density), 1 - float(density)))
-    return DropByMagnitude(density, spread)
+    return DropByMagnitude(density, spread, bool(rescale))
 
 
 def della(density: Number = 0.5, spread: Number = 0.15, scale: Number = 1.0) -> Chain:

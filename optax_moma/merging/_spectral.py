@@ -145,7 +145,7 @@ class IsoCts:
     def __call__(self, leaf: TaskVectors) -> TaskVectors:
         """Combines the task vectors of a matrix."""
         k, *shape = leaf.delta.shape
-        own = round(min(shape) * (1 - self.common)) // k
+        own = min(round((min(shape) - int(min(shape) * self.common)) / k), min(shape) // k)
         shared = min(shape) - k * own
         # The paper's U, of the output side, is on the right of a kernel.
         x = jnp.swapaxes(leaf.weight * leaf.delta, 1, 2)
@@ -164,8 +164,8 @@ def iso_cts(scale: Number = 1.0, common: float = 0.8, *, axes: str = "mn") -> Ch
     """As ``iso_c``, with room for each expert's own directions.
 
     A share ``common`` of the r directions are the leading ones of sum_t w_t d_t, with U of the
-    output side; each expert adds the leading s = (1 - common) r / k of what is left of w_t d_t
-    outside of U. All are made orthogonal, and given the mean of their singular values.
+    output side; each expert adds the leading s = round((1 - common) r / k) of what is left of
+    w_t d_t outside of U. All are made orthogonal, and given the mean of their singular values.
 
     Needs a base; takes any number of experts, with weights that are not negative. Leaves that are
     no matrices are averaged.

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -173,8 +173,8 @@ def trim(
       by: "magnitude" or "saliency".
       power: Exponent of the curvature in the saliency, at least 0.
       scope: "leaf" for a threshold per leaf, as in mergekit and peft; "global" for one threshold
-        per expert over all leaves, as in the published TIES code, which needs two passes over the
-        leaves before the merge.
+        per expert over all leaves, as in the published TIES code and fusion_bench, which needs two
+        passes over the leaves before the merge.
 
     Returns:
       A step. Needs a base, and a curvature for saliencies.
@@ -250,10 +250,14 @@ def drop(density: Number, *, rescale: bool = True) -> Drop:
       [0.0, 2.0]
 
     Source: Yu et al. 2024, "Language Models are Super Mario" (arXiv 2311.03099), with p = 1 -
-    density. mergekit rescales to the L1 norm before the drop instead.
+    density. mergekit rescales to the L1 norm before the drop instead: see ``match_norm``.
     """
     check_number("density", density, 0, 1)
     return Drop(density, bool(rescale))
+
+
+Vote = Literal["weighted", "unweighted", "count"]
+Tied = Literal["base", "positive", "majority"]
 
 
 @jax.tree_util.register_dataclass
@@ -261,28 +265,61 @@ def drop(density: Number, *, rescale: bool = True) -> Drop:
 class Elect:
     """See ``elect``."""
 
+    vote: Vote = field(default="weighted", metadata={"static": True})
+    tied: Tied = field(default="base", metadata={"static": True})
+    majority: jax.Array | None = None
+
     @property
     def contract(self) -> Contract:
-        """A base."""
-        return Contract(base=True)
+        """A base, and a pass to find the majority of all entries."""
+        passes = int(self.tied == "majority" and self.majority is None)
+        return Contract(base=True, passes=passes)
 
     def __call__(self, leaf: TaskVectors) -> TaskVectors:
         """Multiplies the weights by the agreement with the vote."""
-        say = leaf.weight * leaf.delta
-        elected = jnp.sign(sum_experts(say))
-        return leaf._replace(weight=leaf.weight * ((jnp.sign(say) == elected) & (elected != 0)))
+        votes, elected = self._election(leaf)
+        if self.tied != "base":
+            winner = 1 if self.majority is None else self.majority.astype(elected.dtype)
+            elected = jnp.where(elected == 0, winner, elected)
+        return leaf._replace(weight=leaf.weight * ((jnp.sign(votes) == elected) & (elected != 0)))
+
+    def count(self, leaf: TaskVectors) -> jax.Array:
+        """Returns how many of one leaf's entries elect the positive and the negative sign."""
+        _, elected = self._election(leaf)
+        return jnp.stack([jnp.sum(elected == sign, dtype=jnp.uint32) for sign in (1, -1)])
+
+    def refine(self, counts: jax.Array) -> "Elect":
+        """Returns the step that knows the majority."""
+        majority = (counts[0] > counts[1]).astype(jnp.int32) - (counts[0] < counts[1])
+        return replace(self, majority=majority)
+
+    def _election(self, leaf: TaskVectors) -> tuple[jax.Array, jax.Array]:
+        if self.vote == "weighted":
+            votes = leaf.weight * leaf.delta
+        else:
+            votes = (leaf.weight != 0) * leaf.delta
+            votes = jnp.sign(votes) if self.vote == "count" else votes
+        return votes, jnp.sign(sum_experts(votes))
 
 
-def elect() -> Elect:
+def elect(*, vote: Vote = "weighted", tied: Tied = "base") -> Elect:
     """Elects a sign for each entry and silences the experts that disagree.
 
-    sign = sign(sum_t weight_t * delta_t); weight_t *= [sign(weight_t * delta_t) == sign].
+    sign = sign(sum_t vote_t); weight_t *= [sign(vote_t) == sign].
 
-    The vote counts task vectors with their present weights, as mergekit does: after ``weigh`` it
-    is a vote by curvature. Where the vote is a tie nobody has a say, and the merge keeps the base.
+    Args:
+      vote: What is summed. "weighted": weight_t * delta_t, the task vectors with their present
+        weights, so that after ``weigh`` it is a vote by curvature. "unweighted": delta_t, of all
+        that have a say. "count": its sign, one vote for each expert.
+      tied: Who wins where the votes add up to zero. "base": nobody has a say, and the merge keeps
+        the base. "positive": the positive sign. "majority": the sign that wins at most entries of
+        the whole model, which needs a pass over the leaves before the merge.
 
     Returns:
       A step. Needs a base.
+
+    Raises:
+      ValueError: if a switch is not one of these.
 
     Example:
       >>> from optax_moma.merging import chain, mean, merge
@@ -292,7 +329,10 @@ def elect() -> Elect:
 
     Source: Yadav et al. 2023, "TIES-Merging" (arXiv 2306.01708), section 4.
     """
-    return Elect()
+    for name, value, known in (("vote", vote, get_args(Vote)), ("tied", tied, get_args(Tied))):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
+    return Elect(vote, tied)
 
 
 @jax.tree_util.register_dataclass
@@ -358,40 +398,52 @@ def weigh(power: Number = 1.0, *, normalize: bool = True) -> Weigh:
 class Mean:
     """See ``mean``."""
 
+    by: Literal["weight", "count"] = field(default="weight", metadata={"static": True})
+
     @property
     def contract(self) -> Contract:
-        """Weights that are not negative."""
-        return Contract(nonnegative_weights=True, combines=True)
+        """Weights that are not negative, if they are what is divided by."""
+        return Contract(nonnegative_weights=self.by == "weight", combines=True)
 
     def __call__(self, leaf: TaskVectors) -> TaskVectors:
         """Combines the task vectors."""
-        return combined(leaf, weighted_mean(leaf))
+        return combined(leaf, weighted_mean(leaf, self.by))
 
 
-def weighted_mean(leaf: TaskVectors) -> jax.Array:
-    """Returns the weighted mean of a leaf's task vectors, shape ``leaf.delta.shape[1:]``."""
-    say = sum_experts(leaf.weight)
+def weighted_mean(leaf: TaskVectors, by: Literal["weight", "count"] = "weight") -> jax.Array:
+    """Returns the mean of a leaf's task vectors as in ``mean``, shape ``leaf.delta.shape[1:]``."""
+    heard = leaf.weight if by == "weight" else (leaf.weight != 0).astype(leaf.weight.dtype)
+    say = sum_experts(heard)
     average = sum_experts(leaf.weight * leaf.delta) / _metric.nonzero(say)
     if leaf.base is not None:
         return average
     return jnp.where(say == 0, sum_experts(leaf.delta) / leaf.delta.shape[0], average)
 
 
-def mean() -> Mean:
+def mean(*, by: Literal["weight", "count"] = "weight") -> Mean:
     """Combines the experts by a weighted mean of those that have a say.
 
-    delta = sum_t weight_t * delta_t / sum_t weight_t. Where all weights are zero the merge keeps
-    the base or, without a base, takes the plain mean of the experts.
+    delta = sum_t weight_t * delta_t / sum_t weight_t, or, by count, over the number of experts
+    whose weight is not zero. Where all weights are zero the merge keeps the base or, without a
+    base, takes the plain mean of the experts.
+
+    Args:
+      by: "weight", or "count": then weights are factors, and not shares.
 
     Returns:
-      A step. Weights must not be negative.
+      A step. Weights must not be negative, unless by count.
+
+    Raises:
+      ValueError: if the switch is neither.
 
     Example:
       >>> from optax_moma.merging import merge
       >>> merge(mean(), [{"w": jnp.ones(2)}, {"w": jnp.zeros(2)}], weights=[3.0, 1.0])["w"]
       Array([0.75, 0.75], dtype=float32)
     """
-    return Mean()
+    if by not in ("weight", "count"):
+        raise ValueError(f"by must be 'weight' or 'count', got {by!r}.")
+    return Mean(by)
 
 
 @jax.tree_util.register_dataclass

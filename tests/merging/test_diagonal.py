@@ -13,10 +13,12 @@ from optax_moma.merging import (
     drop,
     elect,
     fisher,
+    fusion_bench,
     mean,
     merge,
     moma,
     ota,
+    peft,
     scale,
     task_arithmetic,
     ties,
@@ -328,3 +330,76 @@ def test_two_global_trims_follow_each_other():
     got = np.concatenate([np.ravel(merged[n] - base[n]) for n in SHAPES])
     np.testing.assert_allclose(got, (mask * d).sum(0), rtol=1e-5, atol=1e-6)
     assert 0 < mask.sum() < top(np.abs(d), 0.3).sum()
+
+
+def test_elections_and_means_are_their_formulas():
+    """Every vote with every fate of a tie, on entries that tie in one vote or another."""
+    rng = np.random.default_rng(9)
+    base = {"a": np.zeros(400, np.float32), "b": np.zeros((20, 15), np.float32)}
+    # Small integers and weights of halves: the sums are exact, and often zero.
+    experts = [
+        {n: rng.integers(-2, 3, x.shape).astype(np.float32) for n, x in base.items()}
+        for _ in range(3)
+    ]
+    weights = np.array([0.5, 1.0, 1.0])
+    d = {n: np.stack([e[n] for e in experts]).astype(np.float64) for n in base}
+    say = {n: weights.reshape((-1,) + (1,) * (x.ndim - 1)) for n, x in d.items()}
+    votes = {
+        "weighted": {n: say[n] * d[n] for n in d},
+        "unweighted": d,
+        "count": {n: np.sign(d[n]) for n in d},
+    }
+    majorities = set()
+    for vote, cast in votes.items():
+        signs = np.concatenate([np.sign(x.sum(0)).ravel() for x in cast.values()])
+        majority = np.sign(signs.sum())
+        majorities.add(majority)
+        assert (signs == 0).sum() > 50
+        for tied, winner in {"base": 0, "positive": 1, "majority": majority}.items():
+            for by in ("weight", "count"):
+                method = chain(elect(vote=vote, tied=tied), mean(by=by))
+                merged = merge(method, experts, base=base, weights=weights)
+                for n in d:
+                    sign = np.sign(cast[n].sum(0))
+                    sign = np.where(sign == 0, winner, sign)
+                    agree = (np.sign(d[n]) == sign) * (sign != 0)
+                    divisor = (agree * (say[n] if by == "weight" else 1)).sum(0)
+                    check(merged, base, ratio((agree * say[n] * d[n]).sum(0), divisor), n)
+    # A majority of either sign: the same with all signs turned.
+    turned = [{n: -x for n, x in e.items()} for e in experts]
+    method = chain(elect(tied="majority"), total())
+    one, two = (merge(method, e, base=base, weights=weights) for e in (experts, turned))
+    for n in base:
+        np.testing.assert_array_equal(one[n], -two[n])
+    assert majorities <= {-1.0, 1.0}
+
+
+def test_a_majority_is_of_what_earlier_steps_left():
+    """Three passes: two for the trim, one for the majority; a count may have negative weights."""
+    base = {"a": np.zeros(3, np.float32), "b": np.zeros(2, np.float32)}
+    experts = [
+        {"a": np.array([4.0, -1.0, -1.0], np.float32), "b": np.array([-3.0, -1.0], np.float32)},
+        {"a": np.array([-4.0, -1.0, -1.0], np.float32), "b": np.array([-3.0, -1.0], np.float32)},
+    ]
+    tail = (elect(vote="unweighted", tied="majority"), mean(by="count"))
+    method = chain(trim(0.4, scope="global"), *tail)
+    assert method.contract.passes == 3
+    # Left are the fours, which tie, and the threes, which are the negative majority.
+    merged = merge(method, experts, base=base, weights=[1.0, -2.0])
+    np.testing.assert_array_equal(merged["a"], [8.0, 0.0, 0.0])
+    np.testing.assert_array_equal(merged["b"], [1.5, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: elect(vote="mass"), "vote must be one of weighted, unweighted, count, got 'mass'"),
+        (lambda: elect(tied="zero"), "tied must be one of base, positive, majority, got 'zero'"),
+        (lambda: mean(by="weights"), "by must be 'weight' or 'count', got 'weights'"),
+        (lambda: peft.ties(0.5, vote="total"), "vote must be 'unweighted' or 'count'"),
+        (lambda: fusion_bench.ties(combine="max"), "combine must be 'sum' or 'mean', got 'max'"),
+    ],
+)
+def test_switches_name_what_they_know(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
