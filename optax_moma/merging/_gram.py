@@ -1,9 +1,10 @@
-"""Merges of matrices that solve a least-squares problem: RegMean, WUDI.
+"""Merges of matrices that solve a least-squares problem: RegMean, WUDI, ACE, DOGE.
 
 Kernels are (fan-in, fan-out), as in Flax: the papers' matrices are their transposes. Each step here
 merges one matrix, and ``EachMatrix`` finds the matrices of a leaf.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_moma._checks import check_integer
-from optax_moma.merging import _metric, _steps
+from optax_moma.merging import _metric, _select, _steps
 from optax_moma.merging._contract import Contract, check_number
 from optax_moma.merging._leaf import TaskVectors, combined, heard, per_expert, sum_experts
 from optax_moma.merging._matrices import EachMatrix, check_axes
@@ -106,7 +107,12 @@ class Wudi:
         if self.steps is None:
             merged = _ridge_solution(a, b, start, self.ridge)
         else:
-            merged = _descent(a, b, start, self.learning_rate / size, self.steps)
+            merged = _descent(
+                lambda y: 2 * (jnp.matmul(a, y, precision="highest") - b),
+                start,
+                self.learning_rate / size,
+                self.steps,
+            )
         return combined(leaf, size * merged)
 
 
@@ -118,15 +124,17 @@ def _ridge_solution(a: jax.Array, b: jax.Array, start: jax.Array, ridge: Number)
 
 
 def _descent(
-    a: jax.Array, b: jax.Array, start: jax.Array, learning_rate: jax.Array, steps: int
+    gradient: Callable[[jax.Array], jax.Array],
+    start: jax.Array,
+    learning_rate: jax.Array,
+    steps: int,
 ) -> jax.Array:
-    """Returns the X that Adam reaches from start on <X, a X> - 2 <X, b>."""
+    """Returns the X that Adam reaches from start."""
     optimizer = optax.adam(learning_rate)
 
     def step(_: jax.Array, state: tuple[jax.Array, optax.OptState]) -> tuple:
         x, opt_state = state
-        gradient = 2 * (jnp.matmul(a, x, precision="highest") - b)
-        updates, opt_state = optimizer.update(gradient, opt_state)
+        updates, opt_state = optimizer.update(gradient(x), opt_state)
         return optax.apply_updates(x, updates), opt_state
 
     return jax.lax.fori_loop(0, steps, step, (start, optimizer.init(start)))[0]
@@ -203,3 +211,202 @@ def wudi_adam(
     check_number("learning_rate", learning_rate, 0)
     step = Wudi(0.0, learning_rate, check_integer("steps", steps, 1))
     return chain(EachMatrix(step, check_axes(axes)), _steps.scale(scale))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Ace:
+    """See ``ace``."""
+
+    eps: Number
+    threshold: Number
+    share: float = field(metadata={"static": True})
+
+    contract = Contract(base=True, nonnegative_weights=True, combines=True)
+
+    def __call__(self, leaf: TaskVectors) -> TaskVectors:
+        """Combines the task vectors of a matrix."""
+        x = leaf.weight * leaf.delta
+        energy = jnp.sum(x**2, axis=(1, 2)) + _ACE_FLOOR
+        logs = jnp.log(energy)
+        spread = jnp.var(logs, ddof=1) if x.shape[0] > 1 else jnp.zeros(())
+        uneven = spread > self.threshold * (jnp.mean(logs) ** 2 + _ACE_FLOOR)
+
+        centred = x - jnp.mean(x, axis=2, keepdims=True)
+        grams = jnp.einsum("kio,kjo->kij", centred, centred, precision="highest")
+        traces = jnp.trace(grams, axis1=1, axis2=2) + _ACE_FLOOR
+        size = per_expert(jnp.where(uneven, traces, 1), x)
+        grams = grams / size
+        ridges = self.eps / size * jnp.eye(x.shape[1], dtype=x.dtype)
+
+        a = sum_experts(grams + ridges)
+        b = sum_experts(jnp.einsum("kij,kjo->kio", grams + ridges, centred, precision="highest"))
+        prior = jnp.mean(sum_experts(grams), axis=1) / jnp.where(uneven, jnp.mean(energy), 1)
+        merged = jnp.linalg.solve(a + prior[:, None], b)
+
+        def refined(merged: jax.Array) -> jax.Array:
+            apart = grams - a / x.shape[0]
+            rest = sum_experts(jnp.einsum("kij,kjo->kio", apart, x, precision="highest"))
+            u, s, vt = jnp.linalg.svd(merged + rest, full_matrices=False)
+            rank = max(1, int(s.size * self.share))
+            leading = jnp.matmul(u[:, :rank], vt[:rank], precision="highest")
+            return merged + jnp.mean(s[:rank]) * leading
+
+        return combined(leaf, jax.lax.cond(uneven, refined, lambda merged: merged, merged))
+
+
+# What the authors add to norms and means before they take a logarithm or divide.
+_ACE_FLOOR = 1e-12
+
+
+def ace(
+    eps: Number = 1e-5,
+    threshold: Number = 0.3,
+    share: float = 0.3,
+    scale: Number = 1.0,
+    *,
+    axes: str = "mn",
+) -> Chain:
+    """Solves the regression of ``regmean`` with Grams guessed from the task vectors.
+
+    With X_t = w_t d_t, (fan-in m, fan-out n), Z_t = X_t minus its mean over the outputs,
+    G_t = Z_t Z_t^T, H_t = G_t + eps I, c = sum_t G_t 1 / m, the same for all outputs:
+    X = (sum_t H_t + c 1^T)^-1 sum_t H_t Z_t; merged = base + scale * X.
+
+    If the experts differ in size, Var_t[log |X_t|**2] > threshold * (mean_t log |X_t|**2)**2,
+    which is tested matrix by matrix, then G_t and eps are divided by trace(G_t) and c by
+    mean_t |X_t|**2, and X += mean(s) U V^T, with U, s, V the leading ``share`` of the singular
+    triplets of X + sum_t (G_t - sum_s H_s / k) X_t.
+
+    Needs a base; takes any number of experts, with weights that are not negative. Leaves that are
+    no matrices are averaged. Follows the authors' code where summaries of the paper differ: it is
+    Z_t, not X_t, that the Grams multiply, so that X has no mean over the outputs.
+
+    Args:
+      eps: The ridge, above 0, in units of the square of a matrix's singular values: it is no share.
+        The authors take 1e-5 for image models, 2e-4 for RoBERTa and 4e-2 for GPT-2; their code has
+        1e-2.
+      threshold: How uneven experts are treated as such; the test depends on the units too.
+      share: Share of the spectrum in the refinement, from 0 to 1; fixes shapes, so not traced.
+      scale: The factor of the merged task vector.
+      axes: Which leaves are matrices, as in ``tsv_m``.
+
+    Returns:
+      A method for ``merge``.
+
+    Raises:
+      ValueError: if a number is out of range, or ``axes`` name no matrices.
+
+    Example:
+      >>> from optax_moma.merging import ace, merge
+      >>> one, two = jnp.array([[2., -2.], [0., 0.]]), jnp.array([[0., 0.], [2., -2.]])
+      >>> merge(ace(), [{"w": one}, {"w": two}], base={"w": jnp.zeros((2, 2))})["w"].round(3)
+      Array([[ 1., -1.],
+             [ 1., -1.]], dtype=float32)
+
+    Source: Xu et al. 2026, "ACE-Merging" (arXiv 2603.02945), and its code.
+    """
+    check_number("eps", eps, 0)
+    if not isinstance(eps, jax.Array) and eps == 0:
+        raise ValueError("eps must be above 0: the Grams of experts are singular.")
+    check_number("threshold", threshold, 0)
+    check_number("share", share, 0, 1)
+    step = Ace(eps, threshold, float(share))
+    return chain(EachMatrix(step, check_axes(axes)), _steps.scale(scale))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Doge:
+    """See ``doge``."""
+
+    density: Number
+    norm: Number
+    learning_rate: Number
+    steps: int = field(metadata={"static": True})
+    subspace: int = field(metadata={"static": True})
+
+    contract = Contract(base=True, nonnegative_weights=True, combines=True)
+
+    def __call__(self, leaf: TaskVectors) -> TaskVectors:
+        """Combines the task vectors of a matrix."""
+        x, say = heard(leaf)
+        size = _metric.nonzero(jnp.max(jnp.abs(x)))
+        x = x / size
+        norms = jnp.sqrt(jnp.sum(x**2, axis=(1, 2)))
+        scales = jnp.where(norms == 0, 0, say * self.norm / (size * _metric.nonzero(norms)))
+        total, whole = sum_experts(per_expert(scales, x) * x), jnp.sum(scales)
+
+        # The paper's U, of the output side, is on the right of a kernel.
+        k, rank = x.shape[0], min(x.shape[1:])
+        own = jnp.linalg.svd(x, full_matrices=False)[2][:, : max(1, rank // k)]
+        shared = jnp.linalg.svd(own.reshape(-1, x.shape[2]), full_matrices=False)[2]
+        shared = shared[: rank // self.subspace]
+
+        def gradient(shift: jax.Array) -> jax.Array:
+            clash = jnp.sum(x * (x - total - whole * shift), axis=1, keepdims=True)
+            g = -2 * whole * sum_experts(clash * x)
+            g_shared = jnp.einsum("io,ro,rp->ip", g, shared, shared, precision="highest")
+            return g - g_shared
+
+        start = jnp.zeros_like(total)
+        shift = _descent(gradient, start, self.learning_rate / size, self.steps)
+        bits = _select.ordered_bits(jnp.abs(x))
+        threshold = _select.kth_largest(bits, _select.kept_count(self.density, total.size))
+        kept = _select.keep(bits, threshold, self.density)
+        return combined(leaf, size * sum_experts(per_expert(scales, x) * kept * (x + shift)))
+
+
+def doge(
+    density: Number = 0.3,
+    norm: Number = 0.07,
+    learning_rate: Number = 1e-4,
+    steps: int = 400,
+    subspace: int = 6,
+    *,
+    axes: str = "mn",
+) -> Chain:
+    """Shifts all task vectors so that they clash less, but not where they have much in common.
+
+    With l_t = w_t norm / |d_t|, S a common shift (fan-in, fan-out), and all products entrywise, S
+    is what Adam reaches from 0 on
+    sum_t sum_outputs (sum_inputs d_t (d_t - sum_s l_s (d_s + S)))**2, with gradients projected on
+    the complement of the shared subspace: the leading r / subspace directions of the outputs among
+    the leading r / k ones of each d_t, r the smaller side. Then, m_t keeping the largest entries of
+    d_t, merged = base + sum_t l_t m_t (d_t + S).
+
+    Needs a base; takes any number of experts, with weights that are not negative. Leaves that are
+    no matrices are averaged (in the published code they stay at the base). Entries are kept matrix
+    by matrix, where the published code counts those of the whole model. Every matrix of an expert
+    is scaled to the length ``norm``, so the result depends on the scale of the task vectors.
+
+    Args:
+      density: Share of entries kept in each expert, from 0 to 1.
+      norm: The length that each task vector gets, in units of the parameters.
+      learning_rate: Adam's learning rate, in units of the parameters.
+      steps: Number of steps of Adam, at least 1; fixes the loop, so not traced.
+      subspace: One over the share of directions that are left alone, at least 1; fixes shapes.
+      axes: Which leaves are matrices, as in ``tsv_m``.
+
+    Returns:
+      A method for ``merge``.
+
+    Raises:
+      ValueError: if a number is out of range, or ``axes`` name no matrices.
+
+    Example:
+      >>> from optax_moma.merging import doge, merge
+      >>> one, two = jnp.diag(jnp.array([3., 0.])), jnp.diag(jnp.array([0., 2.]))
+      >>> method = doge(density=0.25, norm=2.0, steps=1)
+      >>> merge(method, [{"w": one}, {"w": two}], base={"w": jnp.zeros((2, 2))})["w"].round(3)
+      Array([[2., 0.],
+             [0., 2.]], dtype=float32)
+
+    Source: Wei et al. 2025, "Modeling Multi-Task Model Merging as Adaptive Projective Gradient
+    Descent" (arXiv 2501.01230), with task arithmetic (DOGE TA).
+    """
+    check_number("density", density, 0, 1)
+    check_number("norm", norm, 0)
+    check_number("learning_rate", learning_rate, 0)
+    sizes = (check_integer("steps", steps, 1), check_integer("subspace", subspace, 1))
+    return chain(EachMatrix(Doge(density, norm, learning_rate, *sizes), check_axes(axes)))

@@ -1,4 +1,4 @@
-"""More masks and weights, and the methods made of them: Breadcrumbs, DELLA, SCE, consensus.
+"""More masks and weights, and the methods made of them: Breadcrumbs, DELLA, SCE, PCB, consensus.
 
 In the formulas t runs over the k experts, d_t = expert_t - base, and w_t are the user's weights.
 """
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 
+from optax_moma._checks import check_integer
 from optax_moma.merging import _metric, _select, _steps
 from optax_moma.merging._contract import Contract, check_number
 from optax_moma.merging._leaf import TaskVectors, per_expert, sum_experts
@@ -359,6 +360,113 @@ def sce(density: Number = 0.1) -> Chain:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Compete:
+    """See ``compete``."""
+
+    density: Number
+
+    @property
+    def contract(self) -> Contract:
+        """A base."""
+        return Contract(base=True)
+
+    def __call__(self, leaf: TaskVectors) -> TaskVectors:
+        """Clips the task vectors and multiplies the weights by the scores."""
+        k, axes = leaf.delta.shape[0], tuple(range(1, leaf.delta.ndim))
+        size = jnp.abs(leaf.delta)
+        bits = _select.ordered_bits(size)
+        n = bits.size // k
+        tail = int(n * _TAIL)
+        low, high = (
+            per_expert(_score(_select.kth_largest(bits, jnp.uint32(rank))), size)
+            for rank in (n - tail, tail + 1)
+        )
+        size = jnp.clip(size, low, high).astype(leaf.delta.dtype)
+        within = jnp.exp(k * ((size - low) / _metric.nonzero(high - low)) ** 2)
+        say = leaf.weight * leaf.delta
+        score = within * jnp.tanh(say * sum_experts(say))
+        # Only differences count, and what is not negative is ordered by its bits.
+        score = score - jnp.min(score, axis=axes, keepdims=True)
+        bits = _select.ordered_bits(score)
+        last = _select.kth_largest(bits, _select.kept_count(self.density, n))
+        last, best = per_expert(_score(last), score), jnp.max(score, axis=axes, keepdims=True)
+        even = (size != 0) & (score >= last)
+        share = jnp.where(best > last, jnp.maximum(score - last, 0) / (best - last), even)
+        return leaf._replace(
+            delta=jnp.sign(leaf.delta) * size,
+            weight=leaf.weight * share * (jnp.asarray(self.density) > 0),
+        )
+
+
+# The share of the largest entries, and of the smallest, that is clipped.
+_TAIL = 1e-4
+
+
+def _score(bits: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def compete(density: Number = 0.1) -> Compete:
+    """Weighs entries by how they stand out in their expert and agree with the others.
+
+    s_t = exp(k z_t**2) tanh(w_t d_t sum_s w_s d_s), k the number of experts and z_t = |d_t| scaled
+    from 0 to 1; weight_t *= max(0, s_t - q_t) / (max(s_t) - q_t), with q_t the r-th largest s_t,
+    r = max(1, floor(density * n)), so that the r-th itself has no say unless it is the first.
+    Before all, the floor(n / 10000) largest and smallest |d_t| are clipped to the next ones. All
+    per leaf; the published code scales and counts over the whole model.
+
+    Args:
+      density: Share of entries kept, from 0 to 1.
+
+    Returns:
+      A step. Needs a base.
+
+    Raises:
+      ValueError: if the density is out of range.
+
+    Example:
+      >>> from optax_moma.merging import chain, compete, mean, merge
+      >>> experts = [{"w": jnp.array([3., 1., 2.])}, {"w": jnp.array([1., -2., 0.])}]
+      >>> merge(chain(compete(0.7), mean()), experts, base={"w": jnp.zeros(3)})
+      {'w': Array([ 3., -2.,  0.], dtype=float32)}
+
+    Source: Du et al. 2024, "Parameter Competition Balancing for Model Merging" (arXiv 2410.02396).
+    """
+    check_number("density", density, 0, 1)
+    return Compete(density)
+
+
+def pcb(density: Number = 0.1, scale: Number = 1.2) -> Chain:
+    """Lets entries compete within and between experts, and averages by their scores.
+
+    merged = base + scale * sum_t w_t a_t d_t / sum_t w_t a_t, a_t from 0 to 1 as in ``compete``.
+
+    Needs a base; takes any number of experts, with weights that are not negative. The authors also
+    search for a number per expert on validation data; here those are the weights.
+
+    Args:
+      density: Share of entries kept in each expert, from 0 to 1.
+      scale: The factor of the merged task vector. Tune it.
+
+    Returns:
+      A method for ``merge``: ``chain(compete(density), mean(), scale(scale))``.
+
+    Raises:
+      ValueError: if a number is out of range.
+
+    Example:
+      >>> from optax_moma.merging import merge, pcb
+      >>> experts = [{"w": jnp.array([3., 1., 2.])}, {"w": jnp.array([1., -2., 0.])}]
+      >>> merge(pcb(0.7, scale=1.0), experts, base={"w": jnp.zeros(3)})
+      {'w': Array([ 3., -2.,  0.], dtype=float32)}
+
+    Source: Du et al. 2024, "Parameter Competition Balancing for Model Merging" (arXiv 2410.02396).
+    """
+    return chain(compete(density), _steps.mean(), _steps.scale(scale))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Consensus:
     """See ``consensus``."""
 
@@ -384,7 +492,8 @@ def consensus(threshold: Number = 0.4, experts: int = 2) -> Consensus:
     m_t = [|w_t d_t| > threshold * |sum_s w_s d_s - w_t d_t|] (the TALL mask of expert t);
     weight_t *= [sum_s m_s >= experts].
 
-    Consensus task arithmetic is ``chain(consensus(), total(), scale(0.3))``.
+    Consensus task arithmetic is ``chain(consensus(), total(), scale(0.3))``. The masks one by one,
+    to keep every expert, are those of ``tall_masks``.
 
     Args:
       threshold: How large an expert's entry must be relative to all others' sum, at least 0;
@@ -407,5 +516,4 @@ def consensus(threshold: Number = 0.4, experts: int = 2) -> Consensus:
     Compression" (arXiv 2405.07813).
     """
     check_number("threshold", threshold, 0)
-    check_number("experts", experts, 1)
-    return Consensus(threshold, int(experts))
+    return Consensus(threshold, check_integer("experts", experts, 1))

@@ -41,8 +41,7 @@ class EachMatrix:
             return self.step(leaf)
         matrices = _matrices(leaf, layout)
         if stack:
-            # One matrix after the other: a stack takes no more memory than its largest matrix,
-            # and gives the same bits as its matrices one by one.
+            # One after the other: the decompositions of a stack need the memory of one matrix.
             merged = jax.lax.map(partial(_merged, self.step), matrices)
         else:
             merged = _merged(self.step, jax.tree.map(lambda x: x[0], matrices))

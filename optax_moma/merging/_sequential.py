@@ -16,11 +16,11 @@ import optax
 from optax_moma.merging import _metric
 from optax_moma.merging._contract import Contract, check_number
 from optax_moma.merging._inputs import checked_inputs, is_float
-from optax_moma.merging._leaf import Curvature, compute_dtype
+from optax_moma.merging._leaf import Curvature
 from optax_moma.merging._matrices import check_axes, layout_of
 from optax_moma.merging._steps import Number
+from optax_moma.merging._trees import Tree, each_float, moved, wide
 
-Tree = Any
 State = Any
 
 
@@ -120,7 +120,9 @@ def running_mean(
     curved = isinstance(power, jax.Array) or power != 0
 
     def init(base: Tree) -> RunningMean:
-        weight = _zeros(base) if curved else _each(lambda b: jnp.zeros((), _wide(b).dtype), base)
+        weight = (
+            _zeros(base) if curved else each_float(lambda b: jnp.zeros((), wide(b).dtype), base)
+        )
         return RunningMean(_arrays(base), _zeros(base), weight, jnp.zeros((), jnp.int32))
 
     def update(state: RunningMean, expert: Tree, curvature: Tree | None = None) -> RunningMean:
@@ -128,7 +130,7 @@ def running_mean(
         return _mixed(state, arrival, mixing, power, bool(normalize))
 
     def params(state: RunningMean) -> Tree:
-        return _moved(state.base, state.delta)
+        return moved(state.base, state.delta)
 
     return Sequential(init, update, params)
 
@@ -226,7 +228,7 @@ def opcm(alpha: Number = 0.5, *, axes: str = "mn") -> Sequential:
         return _projected(state, arrival, alpha, axes)
 
     def params(state: Opcm) -> Tree:
-        return _moved(state.base, jax.tree.map(lambda total: total / state.scale, state.total))
+        return moved(state.base, jax.tree.map(lambda total: total / state.scale, state.total))
 
     return Sequential(init, update, params)
 
@@ -315,7 +317,7 @@ def perturb_and_merge() -> Sequential:
         return _nearest(state, _arrival(state.base, expert, curvature, curved=True))
 
     def params(state: PerturbAndMerge) -> Tree:
-        return _moved(state.base, state.delta)
+        return moved(state.base, state.delta)
 
     return Sequential(init, update, params)
 
@@ -330,7 +332,7 @@ def _nearest(state: PerturbAndMerge, arrival: Tree) -> PerturbAndMerge:
         return curvature + row * col, pull + row * col * new.delta
 
     curvature, pull = _pair(one, state.base, state.curvature, state.pull, arrival)
-    step = _each(lambda _, d, new: new.delta - d, state.base, state.delta, arrival)
+    step = each_float(lambda _, d, new: new.delta - d, state.base, state.delta, arrival)
     seen = state.seen + 1
     # The ratio does not change with the units of curvature and steps; small ones would underflow.
     h, x = (_largest(tree) for tree in (curvature, step))
@@ -363,13 +365,8 @@ def _arrival(base: Tree, expert: Tree, curvature: Tree | None, curved: bool) -> 
     for path, b in zip(inputs.paths, jax.tree.leaves(base), strict=True):
         x = inputs.experts[0][path]
         v = inputs.curvature[0].get(path) if inputs.curvature else None
-        leaves.append(_Arrival(_wide(x) - _wide(b), v) if is_float(b) else optax.MaskedNode())
+        leaves.append(_Arrival(wide(x) - wide(b), v) if is_float(b) else optax.MaskedNode())
     return inputs.treedef.unflatten(leaves)
-
-
-def _wide(x: Any) -> jax.Array:
-    x = jnp.asarray(x)
-    return x.astype(compute_dtype([x]))
 
 
 def _arrays(base: Tree) -> Tree:
@@ -377,30 +374,12 @@ def _arrays(base: Tree) -> Tree:
 
 
 def _zeros(base: Tree) -> Tree:
-    return _each(lambda b: jnp.zeros_like(_wide(b)), base)
-
-
-def _moved(base: Tree, delta: Tree) -> Tree:
-    """Returns base + delta in the base's dtypes."""
-    return _each(lambda b, d: (_wide(b) + d).astype(b.dtype), base, delta, other=lambda b: b)
-
-
-def _each(
-    f: Callable[..., Any],
-    base: Tree,
-    *trees: Tree,
-    other: Callable[[Any], Any] = lambda _: optax.MaskedNode(),
-) -> Tree:
-    """Maps the base's floating-point leaves, and what trees like the base have in their places."""
-    treedef = jax.tree.structure(base)
-    columns = (treedef.flatten_up_to(tree) for tree in (base, *trees))
-    rows = zip(*columns, strict=True)
-    return treedef.unflatten([f(*row) if is_float(row[0]) else other(row[0]) for row in rows])
+    return each_float(lambda b: jnp.zeros_like(wide(b)), base)
 
 
 def _pair(f: Callable[..., Any], base: Tree, *trees: Tree) -> tuple[Tree, Tree]:
-    """As ``_each``, for a function that returns two things."""
-    pairs = _each(f, base, *trees, other=lambda _: (optax.MaskedNode(),) * 2)
+    """As ``each_float``, for a function that returns two things."""
+    pairs = each_float(f, base, *trees, other=lambda _: (optax.MaskedNode(),) * 2)
     treedef = jax.tree.structure(base)
     rows = treedef.flatten_up_to(pairs)
     return treedef.unflatten([a for a, _ in rows]), treedef.unflatten([b for _, b in rows])
