@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from optax_moma.checkpoints._recipe import METHODS, build_method
 from optax_moma.merging import ace, chain, compete, doge, merge, pcb, total
 
 K = 3
@@ -236,3 +237,20 @@ def test_numbers_can_be_traced_and_differentiated():
     masked = jax.jit(lambda density: merge(chain(compete(density), total()), experts, base=base))
     whole = merge(chain(compete(0.4), total()), experts, base=base)["w"]
     np.testing.assert_allclose(masked(0.4)["w"], whole, rtol=1e-6)
+
+
+def test_recipes_know_the_methods():
+    known = {"ace", "doge", "pcb", "compete", "regmean", "wudi", "tsv_m"}
+    assert known <= METHODS.keys()
+    # What is no step of a merge is no method of a recipe.
+    assert not {"emr", "tall_masks", "masked_expert", "opcm", "running_mean"} & METHODS.keys()
+    base, experts, _ = problem(seed=8)
+    spec = [{"name": "compete", "density": 0.3}, "mean", {"name": "scale", "factor": 0.5}]
+    for method, want in (
+        (build_method({"name": "pcb", "density": 0.3, "scale": 0.5}, {}), pcb(0.3, 0.5)),
+        (build_method(spec, {}), pcb(0.3, 0.5)),
+        (build_method("ace", {"eps": 1e-2}), ace(1e-2)),
+        (build_method({"name": "doge", "steps": 2}, {"density": 0.5}), doge(0.5, steps=2)),
+    ):
+        one, two = (merge(m, experts, base=base)["w"] for m in (method, want))
+        np.testing.assert_array_equal(one, two)
