@@ -26,6 +26,7 @@ MODULES_OF_EXTRAS = {
     "pydantic": ["optax_moma/checkpoints"],
     "flax": ["optax_moma/demo", "optax_moma/moe.py"],
     "typer": ["optax_moma/cli.py"],
+    "matplotlib": ["optax_moma/diagnostics/_figures.py"],
 }
 collect_ignore = [
     module

@@ -5,7 +5,10 @@ from numbers import Real
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.core import Tracer
+
+from ._tree import named_leaves
 
 Scalar = float | jax.Array
 
@@ -36,6 +39,26 @@ def check_not_negative(name: str, value: Any) -> None:
     """``value`` is at least zero, and a number."""
     if _known(name, value) and not value >= 0:
         raise ValueError(f"{name} must not be negative, got {value}.")
+
+
+def check_finite(argument: str, tree: Any) -> None:
+    """Every number in ``tree`` is finite; leaves that are traced are not looked at."""
+    bad = [
+        name
+        for name, x in zip(*named_leaves(tree), strict=True)
+        if not isinstance(x, Tracer) and not jnp.all(jnp.isfinite(x))
+    ]
+    if bad:
+        raise ValueError(
+            f"{argument} holds values that are not finite at {listing(bad)}: look for the step that"
+            " diverged, and go back to a state before it."
+        )
+
+
+def listing(names: list[str], most: int = 10) -> str:
+    """The names as they stand in a message, not more than the first few."""
+    more = f", ... ({len(names) - most} more)" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + more
 
 
 def _known(name: str, value: Any) -> bool:

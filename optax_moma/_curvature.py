@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._checks import Scalar
+from ._checks import Scalar, listing
 from ._matrix import Layout, default_layouts, layouts, paper_layout
 from ._moments import Factored, estimate
-from ._tree import at_least_float32, named_leaves, unboxed
+from ._tree import at_least_float32, leaves_like, named_leaves, unboxed
 
 Curvature = jax.Array | Factored
 
@@ -104,7 +104,7 @@ def curvature_from(
     if uncovered and missing is None:
         raise ValueError(
             f"opt_state holds no curvature for {len(uncovered)} of {len(names)} leaves:"
-            f" {_listing(uncovered)}. If they were frozen pass missing=0.0; if params are of"
+            f" {listing(uncovered)}. If they were frozen pass missing=0.0; if params are of"
             " another model, pass those that the optimizer was initialised with."
         )
     filled = [
@@ -145,12 +145,10 @@ def saliency(params: Any, base: Any, curvature: Any, *, power: Scalar = 1.0) -> 
     params, base = unboxed(params), unboxed(base)
     names, leaves = named_leaves(params)
     treedef = jax.tree.structure(params)
-    columns = []
-    for argument, tree in (("base", base), ("curvature", curvature)):
-        try:
-            columns.append(treedef.flatten_up_to(tree))
-        except ValueError as error:
-            raise ValueError(f"{argument} is not a tree like params: {error}") from error
+    columns = [
+        leaves_like(treedef, "params", argument, tree)
+        for argument, tree in (("base", base), ("curvature", curvature))
+    ]
     result = []
     for name, w, w0, v in zip(names, leaves, *columns, strict=True):
         if not w.shape == w0.shape == shape_of(v):
@@ -297,8 +295,3 @@ def _nodes(node: Any) -> Iterator[Any]:
     yield node
     for child in _children(node).values():
         yield from _nodes(child)
-
-
-def _listing(names: list[str], most: int = 10) -> str:
-    more = f", ... ({len(names) - most} more)" if len(names) > most else ""
-    return ", ".join(map(repr, names[:most])) + more

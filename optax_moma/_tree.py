@@ -61,6 +61,14 @@ def named_leaves(
     return [path_name(path) for path, _ in flat], [leaf for _, leaf in flat]
 
 
+def leaves_like(treedef: Any, reference: str, argument: str, tree: Any) -> list[Any]:
+    """The parts of ``tree`` at the leaves of another; the names are those of an error's message."""
+    try:
+        return treedef.flatten_up_to(tree)
+    except ValueError as error:
+        raise ValueError(f"{argument} is not a tree like {reference}: {error}") from error
+
+
 def name_hash(name: str) -> int:
     """A hash of a leaf's or an expert's name that every process and Python version agrees on."""
     return zlib.crc32(name.encode())

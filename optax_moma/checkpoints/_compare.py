@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
-from .._curvature import dense
+from ..diagnostics import curvature_overlap, drift, sign_conflict
 from ..merging import MergeError
 from ._source import CurvatureOf, Model, open_checkpoint, open_curvature, open_model
 
@@ -102,7 +101,6 @@ def _compared(
     base, *experts = (
         jnp.asarray(m.checkpoint.read([m.stored[name]])[m.stored[name]]) for m in models
     )
-    drift, conflict = _differences(base, tuple(experts))
     overlap = None
     known = [v for v in curvatures if v is not None and name in v.needs]
     if len(known) == len(experts) > 1:
@@ -110,29 +108,10 @@ def _compared(
         estimates = tuple(
             v.assembled(name, leaf, v.checkpoint.read(v.needs[name].names)) for v in known
         )
-        overlap = float(_overlap(estimates))
+        overlap = float(curvature_overlap(estimates))
     return LeafComparison(
         name,
-        tuple(float(x) for x in drift),
-        float(conflict) if len(experts) > 1 else None,
+        tuple(float(drift(expert, base)) for expert in experts),
+        float(sign_conflict(experts, base)) if len(experts) > 1 else None,
         overlap,
     )
-
-
-@jax.jit
-def _differences(base: jax.Array, experts: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-    base = base.astype(jnp.float32)
-    deltas = [expert.astype(jnp.float32) - base for expert in experts]
-    norm = jnp.linalg.norm(base.ravel())
-    drift = jnp.stack([jnp.linalg.norm(d.ravel()) for d in deltas]) / jnp.where(norm > 0, norm, 1)
-    total = sum(jnp.sum(jnp.abs(d)) for d in deltas)
-    return drift, 1 - jnp.sum(jnp.abs(sum(deltas))) / jnp.where(total > 0, total, jnp.inf) - (
-        total == 0
-    )
-
-
-@jax.jit
-def _overlap(curvatures: tuple) -> jax.Array:
-    roots = [dense(v, 0.5) / jnp.sqrt(jnp.sum(dense(v))) for v in curvatures]
-    pairs = [jnp.sum(x * y) for i, x in enumerate(roots) for y in roots[:i]]
-    return sum(pairs[1:], pairs[0]) / len(pairs)
