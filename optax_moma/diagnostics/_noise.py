@@ -110,7 +110,7 @@ def noise_scale(
       >>> for key in jax.random.split(jax.random.key(0), 200):  # gradients of variance 4
       ...     _, state = tx.update(1 + 2 * jax.random.normal(key, w.shape), state)
       >>> noise = noise_scale(state, 0.1)
-      >>> float(noise.variance.round(-3)), float(noise.mean_square.round(-3))
+      >>> round(float(noise.variance), -3), round(float(noise.mean_square), -3)
       (4000.0, 1000.0)
 
     Source: Zhang et al., arXiv 2510.04686 (the effective noise); Smith and Le, "A Bayesian
@@ -266,7 +266,7 @@ def two_batch_noise(
       >>> from optax_moma.diagnostics import two_batch_noise
       >>> g = 1 + 2 * jax.random.normal(jax.random.key(0), (64, 1000))  # 64 examples
       >>> found = two_batch_noise(jnp.mean(jnp.sum(g**2, 1)), jnp.sum(jnp.mean(g, 0) ** 2), 1, 64)
-      >>> float(found.trace.round(-2)), float(found.mean_square.round(-2))
+      >>> round(float(found.trace), -2), round(float(found.mean_square), -2)
       (4000.0, 1000.0)
 
     Source: McCandlish et al., "An Empirical Model of Large-Batch Training", 2018, appendix A.
