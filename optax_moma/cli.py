@@ -1,9 +1,14 @@
-"""The command line: ``optax-moma demo``, and merges of checkpoints."""
+"""The command line: ``optax-moma demo``, and merges of checkpoints.
+
+Exit codes: 0, done; 1, ``verify`` found a difference; 2, it cannot be done, and nothing was
+written; 130, interrupted.
+"""
 
 import json as json_text
+import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -18,6 +23,8 @@ except ModuleNotFoundError as missing:
 
 app = typer.Typer(
     help="Train with low-rank momentum, and merge by the curvature that training measured.",
+    epilog="Exit codes: 0 done; 1 verify found a difference; 2 it cannot be done, and nothing was "
+    "written; 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -30,10 +37,16 @@ def _main() -> None:
     pass
 
 
-def fail(message: str) -> NoReturn:
-    """Prints an error to stderr and exits with code 2."""
-    console = Console(stderr=True)
-    console.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+def fail(message: str, problems: Sequence[str] = ()) -> NoReturn:
+    """Prints an error to stderr and exits with code 2.
+
+    Args:
+      message: What cannot be done.
+      problems: Why, one text each.
+    """
+    console = _console(stderr=True)
+    console.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+    _print_bullets(console, "-", problems)
     raise typer.Exit(2)
 
 
@@ -105,44 +118,105 @@ def demo(
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+Checkpoint = Annotated[
+    Path, typer.Argument(help="Orbax checkpoint, safetensors file, or folder of those.")
+]
+RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
+Item = Annotated[
+    str | None, typer.Option(help="Name of the tree, in an Orbax checkpoint that has several.")
+]
+Step = Annotated[
+    str | None, typer.Option(help="A number, or latest: which step of a folder of steps.")
+]
 Params = Annotated[
     str | None, typer.Option(help="Path of the params in the checkpoint, such as state.params.")
 ]
 
 
 @app.command()
-def inspect(checkpoint: Path, item: str | None = None, json: Json = False) -> None:
-    """List the leaves of a checkpoint: path, shape, dtype. Reads metadata only."""
-    with _reported() as checkpoints:
-        leaves = checkpoints.inspect(checkpoint, item=item)
+def inspect(
+    checkpoint: Checkpoint,
+    item: Item = None,
+    step: Step = None,
+    params: Params = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Every leaf of every part, each on a line.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Show what a checkpoint holds: its parts, params, curvature, and leaves.
+
+    Of the params, leaves that differ in a number only, such as a layer's, share a line. Reads
+    metadata only.
+    """
+    with _reported(json) as checkpoints:
+        found = checkpoints.describe(checkpoint, item=item, step=_step(step), params=params)
     if json:
-        _print_json({name: [list(shape), dtype] for name, (shape, dtype) in leaves.items()})
+        _print_json({**vars(found), "path": str(found.path)})
         return
-    rows = [(name, str(list(shape)), dtype) for name, (shape, dtype) in leaves.items()]
-    _print_table(["leaf", "shape", "dtype"], rows)
+    console = _console()
+    trained = "" if found.step is None else f", step {found.step:,}"
+    console.print(f"[bold]{escape(str(found.path))}[/]{trained}\n")
+    parts: dict[str, list[str]] = {}
+    for name in found.leaves:
+        parts.setdefault(name.split("/")[0] if found.params else "", []).append(name)
+    rows = [_sizes(found.leaves, name or "all", names) for name, names in parts.items()]
+    if len(rows) > 1:
+        rows.append(_sizes(found.leaves, "all", list(found.leaves)))
+    _print_table(["part", "leaves>", "numbers>", "bytes>", "dtypes"], rows)
+    where = "all of it" if found.params == "" else found.params
+    missing = "not found; name them with --params" if found.params is None else where
+    console.print(f"\nparams     {escape(str(missing))}", soft_wrap=True)
+    if found.params is not None:
+        console.print(f"curvature  {escape(_curvature_text(found))}", soft_wrap=True)
+    console.print()
+    inside = f"{found.params}/" if found.params and not every else ""
+    listed = {n.removeprefix(inside): x for n, x in found.leaves.items() if n.startswith(inside)}
+    lines = [
+        (glob, f"{len(names)}", _shape(listed[names[0]][0]), listed[names[0]][1])
+        for glob, names in _lines(listed, every)
+    ]
+    head = f"leaf of {inside.removesuffix('/')}" if inside else "leaf"
+    _print_table([head, "count>", "shape", "dtype"], lines)
 
 
 @app.command()
-def plan(recipe: Path, json: Json = False) -> None:
+def plan(
+    recipe: RecipeFile,
+    leaves: Annotated[bool, typer.Option("--leaves", help="Show each rule's leaves.")] = False,
+    json: Json = False,
+) -> None:
     """Tell what a merge would do and all that is wrong with it, before any work.
 
     Exit code 2 if the merge cannot start.
     """
-    with _reported() as checkpoints:
+    with _reported(json) as checkpoints:
         found = checkpoints.plan(recipe)
     if json:
-        _print_json(vars(found))
+        as_dicts = {
+            "rules": [x._asdict() for x in found.rules],
+            "models": [x._asdict() for x in found.models],
+        }
+        _print_json(vars(found) | as_dicts)
     else:
-        _print_plan(found)
+        _print_plan(found, leaves)
     if found.problems:
         raise typer.Exit(2)
 
 
 @app.command()
-def merge(recipe: Path, output: Path, force: Force = False, json: Json = False) -> None:
+def merge(
+    recipe: RecipeFile,
+    output: Annotated[
+        Path, typer.Argument(help="An Orbax checkpoint, or *.safetensors. Must not exist yet.")
+    ],
+    force: Force = False,
+    json: Json = False,
+) -> None:
     """Merge checkpoints as a recipe says; of any size, as they are streamed.
 
-    A merge that was interrupted goes on where it was when the same command is run again.
+    Nothing is at OUTPUT before all is done. A merge that was interrupted goes on where it was when
+    the same command is run again.
     """
     from rich import progress as bars
 
@@ -151,92 +225,144 @@ def merge(recipe: Path, output: Path, force: Force = False, json: Json = False) 
         bars.BarColumn(),
         bars.DownloadColumn(),
         bars.TransferSpeedColumn(),
+        bars.TimeElapsedColumn(),
+        bars.TextColumn("left"),
         bars.TimeRemainingColumn(),
     )
-    with _reported() as checkpoints, bars.Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("")
-        done = checkpoints.merge(
-            recipe,
-            output,
-            force=force,
-            progress=lambda n, total: bar.update(task, completed=n, total=total),
-        )
+    errors = Console(stderr=True)
+    bar = bars.Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal)
+    try:
+        with _reported(json) as checkpoints, bar:
+            task = bar.add_task("", total=None)
+            done = checkpoints.merge(
+                recipe,
+                output,
+                force=force,
+                progress=lambda n, total: bar.update(task, completed=n, total=total),
+            )
+    except KeyboardInterrupt:
+        _console(stderr=True).print("\nInterrupted. The same command goes on where it was.")
+        raise typer.Exit(130) from None
     if json:
         _print_json({**done._asdict(), "path": str(done.path)})
         return
-    speed = (done.bytes_read + done.bytes_written) / max(done.seconds, 1e-9) / 1e9
-    Console().print(
-        f"{done.path}: {done.leaves} leaves ({done.resumed} from an earlier run), "
-        f"{done.bytes_read / 1e9:.2f} GB read, {done.bytes_written / 1e9:.2f} GB written, "
-        f"{done.seconds:.1f} s, {speed:.2f} GB/s",
-        highlight=False,
+    console = _console()
+    for warning in done.warnings:
+        console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
+    speed = (done.bytes_read + done.bytes_written) / max(done.seconds, 1e-9)
+    earlier = f" ({done.resumed} of them by an earlier run)" if done.resumed else ""
+    console.print(
+        f"{escape(str(done.path))}: {_counted(done.leaves, 'leaf')}{earlier}\n"
+        f"{_bytes(done.bytes_read)} read, {_bytes(done.bytes_written)} written in "
+        f"{done.seconds:.1f} s, {_bytes(int(speed))}/s",
         soft_wrap=True,
     )
 
 
 @app.command()
 def compare(
-    base: Path, experts: list[Path], params: Params = None, top: int = 20, json: Json = False
+    base: Annotated[Path, typer.Argument(help="What the others were fine-tuned from.")],
+    experts: Annotated[list[Path], typer.Argument(help="Checkpoints to compare with it.")],
+    params: Params = None,
+    top: Annotated[int, typer.Option(min=1, help="How many leaves to show.")] = 20,
+    json: Json = False,
 ) -> None:
-    """Compare checkpoints with the first, leaf by leaf: drift, sign conflict, curvature overlap.
+    """Compare checkpoints with the first, leaf by leaf; those with most trouble come first.
 
-    The leaves with most trouble come first.
+    Drift is the length of a task vector, relative to the base's leaf. Sign conflict is the share of
+    the task vectors that is lost when they are added, 0 if all signs agree. Curvature overlap is 1
+    where the experts need the same entries, if their optimizers' states tell. Trouble is drift
+    times conflict.
     """
-    with _reported() as checkpoints:
+    with _reported(json) as checkpoints:
         found = checkpoints.compare(base, *experts, params=params)
     if json:
-        _print_json([leaf._asdict() for leaf in found])
+        _print_json([leaf._asdict() | {"trouble": leaf.trouble} for leaf in found])
         return
-    share = lambda x: "" if x is None else f"{x:.3f}"  # noqa: E731
-    rows = [
-        (x.name, " ".join(f"{d:.2e}" for d in x.drift), share(x.conflict), share(x.overlap))
-        for x in found[:top]
+    number = lambda x: "" if x is None else f"{x:.3g}"  # noqa: E731
+    shown = found[:top]
+    columns = [
+        ("leaf", [x.name for x in shown]),
+        ("largest\ndrift>" if experts[1:] else "drift>", [number(max(x.drift)) for x in shown]),
+        ("sign\nconflict>", [number(x.conflict) for x in shown]),
+        ("curvature\noverlap>", [number(x.overlap) for x in shown]),
+        ("trouble>", [number(x.trouble) for x in shown if experts[1:]]),
     ]
-    _print_table(["leaf", "drift", "sign conflict", "curvature overlap"], rows)
+    told = [(head, cells) for head, cells in columns if any(cells)]
+    rows = list(zip(*(cells for _, cells in told), strict=True))
+    _print_table([head for head, _ in told], rows)
+    if len(found) > top:
+        rest = _counted(len(found) - top, "leaf")
+        _console().print(f"\nand {rest} with less trouble; --top shows more")
 
 
 @app.command()
-def verify(checkpoint: Path, json: Json = False) -> None:
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(help="What merge wrote.")], json: Json = False
+) -> None:
     """Compare every file and leaf of a merged checkpoint with its manifest.
 
     Exit code 1 if something differs.
     """
-    with _reported() as checkpoints:
+    with _reported(json) as checkpoints:
         found = checkpoints.verify(checkpoint)
     if json:
         _print_json(vars(found))
     else:
         for problem in found.problems:
-            Console(stderr=True).print(f"[bold red]damaged:[/] {escape(problem)}", soft_wrap=True)
-        state = "differs from its manifest" if found.problems else "is as it was written"
-        Console().print(f"{checkpoint}: {found.leaves} leaves; {state}", soft_wrap=True)
+            _console(stderr=True).print(f"[bold red]damaged:[/] {escape(problem)}", soft_wrap=True)
+        said = (
+            "differs from its manifest"
+            if found.problems
+            else f"{_counted(found.leaves, 'leaf')}, {_bytes(found.bytes)}, all as it was written"
+        )
+        _console().print(f"{escape(str(checkpoint))}: {said}", soft_wrap=True)
     if found.problems:
         raise typer.Exit(1)
 
 
 @app.command("export-curvature")
 def export_curvature(
-    checkpoint: Path,
-    output: Path,
-    item: str | None = None,
+    checkpoint: Checkpoint,
+    output: Annotated[Path, typer.Argument(help="The file to write, *.safetensors.")],
+    item: Item = None,
+    step: Step = None,
     params: Params = None,
-    b2: Annotated[float, typer.Option(help="Decay of Adam's second moments.")] = 0.999,
+    tree: Annotated[
+        str | None, typer.Option(help="Path of the optimizer's state; by default it is searched.")
+    ] = None,
+    b2: Annotated[
+        float, typer.Option(help="Decay of the second moments of Adam or umtam.")
+    ] = 0.999,
     missing: Annotated[
         float | None, typer.Option(help="Curvature of leaves without, such as frozen ones.")
     ] = None,
     force: Force = False,
+    json: Json = False,
 ) -> None:
-    """Write the curvature in a checkpoint's optimizer state to a small safetensors file."""
-    with _reported() as checkpoints:
-        source = checkpoints.CurvatureSource(b2=b2, missing=missing)
+    """Write the curvature in a checkpoint's optimizer state to a small safetensors file.
+
+    A recipe reads it with curvature: {path: FILE}.
+    """
+    with _reported(json) as checkpoints:
+        source = checkpoints.CurvatureSource(tree=tree, b2=b2, missing=missing)
         size = checkpoints.export_curvature(
-            checkpoint, output, item=item, params=params, source=source, force=force
+            checkpoint,
+            output,
+            item=item,
+            step=_step(step),
+            params=params,
+            source=source,
+            force=force,
         )
-    Console().print(f"{output}: {size / 1e6:.2f} MB", highlight=False, soft_wrap=True)
+    if json:
+        _print_json({"path": str(output), "bytes": size})
+        return
+    _console().print(f"{escape(str(output))}: {_bytes(size)}", soft_wrap=True)
 
 
 @contextmanager
-def _reported() -> Iterator[Any]:
+def _reported(json: bool) -> Iterator[Any]:
     """Gives the functions on checkpoints; turns their errors into a message and exit code 2."""
     try:
         from optax_moma import checkpoints
@@ -244,35 +370,165 @@ def _reported() -> Iterator[Any]:
         fail(f"{missing}. This command needs: pip install 'optax-moma[cli,checkpoint]'")
     try:
         yield checkpoints
+    except checkpoints.MergeError as error:
+        if json:
+            _print_json({"error": error.start, "problems": error.problems})
+        fail(f"{error.start} {_counted(len(error.problems), 'problem')}:", error.problems)
     except (ValueError, OSError) as error:
+        if json:
+            _print_json({"error": str(error), "problems": [str(error)]})
         fail(str(error))
 
 
+def _step(text: str | None) -> Any:
+    if text in (None, "latest"):
+        return text
+    if not text.isdecimal():
+        fail(f"--step is a number or latest, got {text!r}")
+    return int(text)
+
+
+def _console(stderr: bool = False) -> Console:
+    """A console as wide as the terminal; in a pipe or a file, as wide as a line needs."""
+    console = Console(stderr=stderr, highlight=False)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=1000)
+
+
 def _print_json(data: Any) -> None:
-    print(json_text.dumps(data, indent=1))
+    print(json_text.dumps(data, indent=1, default=str))
 
 
-def _print_table(heads: list[str], rows: list[tuple[str, ...]]) -> None:
+def _print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints rows in columns; a head that ends with > is right-aligned, the first may wrap."""
     from rich.table import Table
 
-    table = Table(*heads, box=None)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, head in enumerate(heads):
+        right = head.endswith(">")
+        table.add_column(
+            escape(head.removesuffix(">")),
+            justify="right" if right else "left",
+            overflow="fold",
+            no_wrap=right and i > 0,
+        )
     for row in rows:
         table.add_row(*map(escape, row))
-    Console().print(table)
+    _console().print(table)
 
 
-def _print_plan(found: Any) -> None:
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(
-        f"{found.leaves} leaves, {found.parameters:,} parameters; reads "
-        f"{found.read_bytes / 1e9:.3f} GB in {found.passes} pass(es), writes "
-        f"{found.write_bytes / 1e9:.3f} GB, peak memory about {found.peak_bytes / 1e9:.2f} GB"
-    )
-    for globs, count in found.rules:
-        console.print(f"  {escape(globs)}: {count} leaves")
-    for expert, (covered, wanted) in found.coverage.items():
-        console.print(f"  curvature of {escape(expert)}: {covered} of {wanted} leaves")
+def _print_bullets(console: Console, bullet: str, texts: Sequence[str]) -> None:
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 1))
+    for text in texts:
+        table.add_row(bullet, escape(text))
+    console.print(table)
+
+
+def _print_plan(found: Any, leaves: bool) -> None:
+    console = _console()
+    number = lambda x, form: "" if x is None else format(x, form)  # noqa: E731
+    rows = [
+        (
+            model.name,
+            number(model.step, ","),
+            _bytes(model.bytes),
+            ", ".join(model.dtypes),
+            number(model.drift, ".4f"),
+            number(model.cosine, ".4f"),
+            _coverage(found, model),
+            number(model.gradients, ","),
+        )
+        for model in found.models
+    ]
+    heads = [
+        "model",
+        "step>",
+        "bytes>",
+        "dtypes",
+        "drift>",
+        "cosine>",
+        "curvature",
+        "gradients>",
+    ]
+    told = [i for i in range(len(heads)) if any(row[i] for row in rows)]
+    _print_table([heads[i] for i in told], [[row[i] for i in told] for row in rows])
+    used = [rule for rule in found.rules if rule.names or rule.match != "(no rule)"]
+    if used:
+        console.print()
+        rules = [(rule.match, f"{len(rule.names)}", rule.action) for rule in used]
+        _print_table(["rule", "leaves>", "what is done"], rules)
+        for rule in used if leaves else ():
+            console.print(f"\n[bold]{escape(rule.match)}[/]")
+            for glob, names in _lines(dict.fromkeys(rule.names), False):
+                many = f"  ({len(names)})" if names[1:] else ""
+                console.print(f"  {escape(glob)}{many}", soft_wrap=True)
+    if found.leaves and not found.problems:
+        console.print(
+            f"\n{_counted(found.leaves, 'leaf')} of {found.parameters:,} numbers: reads "
+            f"{_bytes(found.read_bytes)} in {_counted(found.passes, 'pass')}, writes "
+            f"{_bytes(found.write_bytes)}, takes about {_bytes(found.peak_bytes)} of memory.",
+        )
+    console.print()
     for warning in found.warnings:
-        console.print(f"[yellow]warning:[/] {escape(warning)}")
+        _print_bullets(console, "[yellow]warning:[/]", [warning])
     for problem in found.problems:
-        console.print(f"[bold red]problem:[/] {escape(problem)}")
+        _print_bullets(console, "[bold red]problem:[/]", [problem])
+    if not found.problems:
+        console.print("[green]The merge can start.[/]")
+    else:
+        problems = _counted(len(found.problems), "problem")
+        console.print(f"\n{problems}: the merge cannot start.")
+
+
+def _coverage(found: Any, model: Any) -> str:
+    """Whose moments, and for how many of the leaves that need them."""
+    if model.curvature is None:
+        return ""
+    covered, wanted = found.coverage.get(model.name, (0, 0))
+    return f"{model.curvature.split(' (')[0]} {covered}/{wanted}"
+
+
+def _curvature_text(found: Any) -> str:
+    if found.curvature is None:
+        return "none"
+    text = f"{found.curvature}: {found.covered} of {_counted(found.wanted, 'leaf')}"
+    return text if found.gradients is None else f"{text}, {found.gradients:,} gradients"
+
+
+def _lines(leaves: dict[str, Any], every: bool) -> list[tuple[str, list[str]]]:
+    """The lines of a list of leaves: what differs in numbers only, and is of a kind, is on one."""
+    from optax_moma.checkpoints._globs import collapsed
+
+    if every:
+        return [(name, [name]) for name in leaves]
+    kinds: dict[Any, list[str]] = {}
+    for name, kind in leaves.items():
+        kinds.setdefault(kind, []).append(name)
+    order = {name: i for i, name in enumerate(leaves)}
+    lines = [line for names in kinds.values() for line in collapsed(names).items()]
+    return sorted(lines, key=lambda line: order[line[1][0]])
+
+
+def _sizes(leaves: dict[str, Any], part: str, names: list[str]) -> tuple[str, ...]:
+    import jax.numpy as jnp
+
+    counts = {name: math.prod(leaves[name][0]) for name in names}
+    size = sum(n * jnp.dtype(leaves[name][1]).itemsize for name, n in counts.items())
+    dtypes = ", ".join(sorted({leaves[name][1] for name in names}))
+    return part, f"{len(names):,}", f"{sum(counts.values()):,}", _bytes(size), dtypes
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape)) or "()"
+
+
+def _counted(count: int, what: str) -> str:
+    plural = {"leaf": "leaves", "pass": "passes"}.get(what, what + "s")
+    return f"{count:,} {what if count == 1 else plural}"
+
+
+def _bytes(count: int) -> str:
+    from rich import filesize
+
+    return filesize.decimal(count)

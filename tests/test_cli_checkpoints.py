@@ -23,7 +23,7 @@ def folder(tmp_path):
     for name in ("base", "a", "b"):
         noise = 0.1 * rng.normal(size=(8, 6)) * (name != "base")
         kernel = (base["layers_0"]["kernel"] + noise).astype(np.float32)
-        adam = {"count": np.array(3), "mu": {"layers_0": {"kernel": kernel}}}
+        adam = {"count": np.array(20), "mu": {"layers_0": {"kernel": kernel}}}
         adam["nu"] = {"layers_0": {"kernel": kernel**2}}
         tree = {"params": {"layers_0": {"kernel": kernel}}, "opt_state": [adam]}
         ocp.save(tmp_path / name, tree if name != "base" else tree["params"])
@@ -33,24 +33,92 @@ def folder(tmp_path):
 
 
 def test_inspect(folder):
-    done = run("inspect", folder / "base", "--json")
+    done = run("inspect", folder / "a", "--json")
     assert done.exit_code == 0
-    assert json.loads(done.stdout) == {"layers_0/kernel": [[8, 6], "float32"]}
-    assert "layers_0/kernel" in run("inspect", folder / "base").stdout
+    found = json.loads(done.stdout)
+    assert found["leaves"]["params/layers_0/kernel"] == [[8, 6], "float32"]
+    assert (found["params"], found["covered"], found["wanted"]) == ("params", 1, 1)
+    assert (found["curvature"], found["gradients"]) == ("adam (opt_state/0)", 20)
+    text = run("inspect", folder / "a").stdout
+    assert "adam (opt_state/0): 1 of 1 leaf, 20 gradients" in text
+    assert row(text, "params") == ["params", "1", "48", "192 bytes", "float32"]
+    assert row(text, "layers_0/kernel") == ["layers_0/kernel", "1", "8 x 6", "float32"]
+    assert "opt_state/0/nu" not in text
+    assert "opt_state/0/nu/layers_0/kernel" in run("inspect", folder / "a", "--all").stdout
+    assert "none" in run("inspect", folder / "base").stdout
     assert run("inspect", folder / "nothing").exit_code == 2
+
+
+def row(text, start):
+    """The cells of the first line that starts with a text."""
+    line = next(line for line in text.splitlines() if line.startswith(start + " "))
+    return [cell.strip() for cell in line.split("  ") if cell.strip()]
+
+
+def test_inspect_puts_layers_on_one_line(tmp_path):
+    tree = {f"l_{i}": {"w": np.ones((2, 3 + i % 2), np.float32)} for i in range(6)}
+    ocp.save(tmp_path / "deep", {"params": tree, "other": {"params": np.ones(2)}})
+    text = run("inspect", tmp_path / "deep").stdout
+    assert row(text, "l_{0,2,4}/w") == ["l_{0,2,4}/w", "3", "2 x 3", "float32"]
+    assert row(text, "l_{1,3,5}/w") == ["l_{1,3,5}/w", "3", "2 x 4", "float32"]
+    assert row(text, "all") == ["all", "7", "44", "184 bytes", "float32, float64"]
+    done = run("inspect", tmp_path / "deep", "--params", "other.params")
+    assert done.exit_code == 0 and "params     other/params" in done.stdout
+    done = run("inspect", tmp_path / "deep", "--params", "othr", "--json")
+    assert done.exit_code == 2 and "did you mean 'other'" in json.loads(done.stdout)["error"]
+
+
+def test_steps(tmp_path):
+    v0 = pytest.importorskip("orbax.checkpoint")
+    with v0.CheckpointManager(tmp_path / "run") as manager:
+        for step in (5, 10):
+            tree = {"w": np.full(3, step, np.float32)}
+            manager.save(step, args=v0.args.StandardSave(tree))
+    done = run("inspect", tmp_path / "run")
+    assert done.exit_code == 2 and "the steps 5, 10; name one" in done.stderr
+    found = json.loads(run("inspect", tmp_path / "run", "--step", "latest", "--json").stdout)
+    assert found["step"] == 10
+    assert ", step 5\n" in run("inspect", tmp_path / "run", "--step", "5").stdout
+    assert "a number or latest" in run("inspect", tmp_path / "run", "--step", "last").stderr
 
 
 def test_plan(folder):
     done = run("plan", folder / "recipe.yaml", "--json")
     assert done.exit_code == 0
-    assert json.loads(done.stdout)["coverage"] == {"a": [1, 1], "b": [1, 1]}
-    assert "1 leaves" in run("plan", folder / "recipe.yaml").stdout
+    found = json.loads(done.stdout)
+    assert found["coverage"] == {"a": [1, 1], "b": [1, 1]}
+    assert found["rules"] == [
+        {"match": "(no rule)", "action": "moma", "names": ["layers_0/kernel"]}
+    ]
+    assert [model["gradients"] for model in found["models"]] == [None, 20, 20]
+    text = run("plan", folder / "recipe.yaml", "--leaves").stdout
+    assert "1 leaf of 48 numbers: reads" in text and "The merge can start." in text
+    assert row(text, "(no rule)") == ["(no rule)", "1", "moma"]
+    assert row(text, "a")[-2:] == ["adam 1/1", "20"]
+    assert "\n  layers_0/kernel\n" in text
+
     (folder / "bad.yaml").write_text("method: average\nexperts: {a: nowhere, b: nowhere2}")
     done = run("plan", folder / "bad.yaml", "--json")
     assert done.exit_code == 2 and len(json.loads(done.stdout)["problems"]) == 2
+    assert "2 problems: the merge cannot start." in run("plan", folder / "bad.yaml").stdout
     (folder / "typo.yaml").write_text("metod: average\nexperts: {a: a}")
     done = run("plan", folder / "typo.yaml")
     assert done.exit_code == 2 and "did you mean 'method'" in done.stderr
+
+
+def test_plan_warns(folder):
+    recipe = json.loads((folder / "recipe.yaml").read_text())
+    recipe["experts"]["a"] = {"path": "a", "curvature": {"path": "young"}}
+    (folder / "old.yaml").write_text(json.dumps(recipe))
+    kernel = np.ones((8, 6), np.float32)
+    moments = {"layers_0": {"kernel": kernel}}
+    adam = {"count": np.array(3), "mu": moments, "nu": moments}
+    ocp.save(folder / "young", {"params": moments, "opt_state": [adam]})
+    done = run("plan", folder / "old.yaml")
+    assert done.exit_code == 0
+    assert "warning: the curvature of expert 'a' is noisy: it was estimated from 3" in done.stdout
+    done = run("merge", folder / "old.yaml", folder / "merged")
+    assert done.exit_code == 0 and "warning: the curvature of expert 'a'" in done.stdout
 
 
 def test_merge_and_verify(folder):
@@ -61,11 +129,13 @@ def test_merge_and_verify(folder):
     one, other = (checkpoints.load(folder / n)["layers_0"]["kernel"] for n in ("out", "python"))
     assert np.array_equal(one, other)
 
-    assert run("merge", folder / "recipe.yaml", folder / "out").exit_code == 2
+    done = run("merge", folder / "recipe.yaml", folder / "out")
+    assert done.exit_code == 2 and "exists; name another output" in done.stderr
     done = run("merge", folder / "recipe.yaml", folder / "out", "--force")
-    assert done.exit_code == 0 and "GB/s" in done.stdout
+    assert done.exit_code == 0 and "192 bytes written" in done.stdout and "B/s" in done.stdout
 
-    assert run("verify", folder / "out").exit_code == 0
+    done = run("verify", folder / "out")
+    assert done.exit_code == 0 and "1 leaf, 192 bytes, all as it was written" in done.stdout
     (folder / "out/extra").write_text("")
     done = run("verify", folder / "out", "--json")
     assert done.exit_code == 1
@@ -74,16 +144,53 @@ def test_merge_and_verify(folder):
     assert run("verify", folder / "base").exit_code == 2
 
 
+def test_problems_as_json_and_as_text(folder):
+    (folder / "bad.yaml").write_text("method: average\nexperts: {a: nowhere, b: nowhere2}")
+    done = run("merge", folder / "bad.yaml", folder / "out", "--json")
+    assert done.exit_code == 2 and not (folder / "out").exists()
+    found = json.loads(done.stdout)
+    assert found["error"] == "Cannot merge," and len(found["problems"]) == 2
+    assert "error: Cannot merge, 2 problems:" in done.stderr
+    assert [line.startswith("- expert") for line in done.stderr.splitlines()[1:]] == [True, True]
+
+
+def test_an_interruption_says_how_to_go_on(folder, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, "merge", interrupted)
+    done = run("merge", folder / "recipe.yaml", folder / "out")
+    assert done.exit_code == 130 and "goes on where it was" in done.stderr
+
+
 def test_compare(folder):
     done = run("compare", folder / "base", folder / "a", folder / "b", "--json")
     (leaf,) = json.loads(done.stdout)
     assert done.exit_code == 0 and len(leaf["drift"]) == 2 and 0 < leaf["overlap"] <= 1
-    assert "layers_0/kernel" in run("compare", folder / "base", folder / "a").stdout
+    assert leaf["trouble"] == pytest.approx(max(leaf["drift"]) * leaf["conflict"])
+    text = run("compare", folder / "base", folder / "a", folder / "b").stdout
+    cells = row(text, "layers_0/kernel")
+    shown = [max(leaf["drift"]), leaf["conflict"], leaf["overlap"], leaf["trouble"]]
+    assert cells[1:] == [f"{x:.3g}" for x in shown]
+    assert len(row(run("compare", folder / "base", folder / "a").stdout, "layers_0/kernel")) == 2
 
 
 def test_export_curvature(folder):
     file = folder / "a.safetensors"
     done = run("export-curvature", folder / "a", file)
     assert done.exit_code == 0 and file.exists()
-    assert run("export-curvature", folder / "a", file).exit_code == 2
+    done = run("export-curvature", folder / "a", file)
+    assert done.exit_code == 2 and "force" in done.stderr
+    done = run("export-curvature", folder / "a", file, "--force", "--json", "--tree", "opt_state")
+    assert json.loads(done.stdout) == {"path": str(file), "bytes": file.stat().st_size}
     assert run("export-curvature", folder / "base", folder / "b.safetensors").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "command", ["inspect", "plan", "merge", "compare", "verify", "export-curvature"]
+)
+def test_help(command):
+    done = typer_testing.CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "80"})
+    assert done.exit_code == 0 and "--json" in done.stdout
+    assert all(len(line) <= 80 for line in done.stdout.splitlines())
+    assert "Exit codes" in run("--help").stdout

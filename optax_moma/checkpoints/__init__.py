@@ -10,6 +10,8 @@ from ._merge import Merged as Merged
 from ._merge import load as load
 from ._merge import merge as merge
 from ._plan import Plan as Plan
+from ._plan import PlannedModel as PlannedModel
+from ._plan import PlannedRule as PlannedRule
 from ._plan import plan as plan
 from ._recipe import CurvatureSource as CurvatureSource
 from ._recipe import Expert as Expert
@@ -17,4 +19,6 @@ from ._recipe import Output as Output
 from ._recipe import Recipe as Recipe
 from ._recipe import Rule as Rule
 from ._recipe import Source as Source
+from ._source import Description as Description
+from ._source import describe as describe
 from ._source import inspect as inspect

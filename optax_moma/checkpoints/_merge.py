@@ -43,6 +43,7 @@ class Merged(NamedTuple):
       bytes_read: How much was read.
       bytes_written: How much was written, before compression.
       seconds: How long it took.
+      warnings: What makes the merge doubtful.
     """
 
     path: Path
@@ -51,6 +52,7 @@ class Merged(NamedTuple):
     bytes_read: int
     bytes_written: int
     seconds: float
+    warnings: list[str]
 
 
 class _Task(NamedTuple):
@@ -180,6 +182,7 @@ def merge(
         meter.done - written_bytes,
         written_bytes,
         time.monotonic() - start,
+        job.warnings,
     )
 
 

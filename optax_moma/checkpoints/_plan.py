@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..merging import MergeError, Step
-from ..merging._inputs import checked_inputs, is_float
+from ..merging._inputs import checked_inputs, checked_weights, is_float
 from ..merging._leaf import LeafInputs, compute_dtype
 from ..merging._merge import merge_leaf
 from . import _globs, _source
@@ -277,11 +277,17 @@ def _planned_models(job: Job) -> list[PlannedModel]:
                 job.steps.get(name),
                 drift,
                 cosine,
-                None if v is None else v.kind,
+                None if v is None else _kind(model, v),
                 job.gradients.get(name),
             )
         )
     return found
+
+
+def _kind(model: Model, v: CurvatureOf) -> str:
+    where = v.checkpoint.path
+    elsewhere = v.checkpoint.tensors is None and where != model.checkpoint.path
+    return v.kind + (f" in {where}" if elsewhere else "")
 
 
 def _planned_rules(job: Job) -> list[PlannedRule]:
@@ -304,7 +310,12 @@ def _action(recipe: Recipe, rule: Rule) -> str:
     if "base" in (rule.keep, rule.otherwise) or rule.keep is not None:
         return f"copied from {rule.keep or rule.otherwise}"
     spec = next(s for s in (rule.method, rule.otherwise, recipe.method) if s is not None)
-    shown = lambda x: " to ".join(f"{v:g}" for v in x) if isinstance(x, list) else f"{x}"  # noqa: E731
+
+    def shown(x: Any) -> str:
+        if isinstance(x, list):
+            return " to ".join(map(shown, x))
+        return f"{x:g}" if isinstance(x, float) else f"{x}"
+
     if isinstance(spec, list):
         said = " + ".join(_method_text(step) for step in spec)
     else:
@@ -344,9 +355,8 @@ def open_job(recipe: Recipe) -> Job:
     job.parts = _parts(job, names)
     _compare_structures(job)
     _open_curvature(job)
-    if len(job.experts) == len(recipe.experts):
-        problems = [p for part in job.parts for p in _part_problems(job, part)]
-        job.problems += [p for p in dict.fromkeys(problems) if p not in job.problems]
+    problems = [p for part in job.parts for p in _part_problems(job, part)]
+    job.problems += [p for p in dict.fromkeys(problems) if p not in job.problems]
     if not job.problems:
         _check_base(job)
         _check_ages(job)
@@ -533,6 +543,9 @@ def _part_problems(job: Job, part: Part) -> list[str]:
     problems: list[str] = []
     contract = part.method.contract
     curvature = None
+    if len(job.experts) < len(job.recipe.experts):
+        checked_weights(contract, part.weights, part.weights, sorted(part.weights), problems)
+        return problems
     # What is missing or no array was noted when the structures were compared.
     part = part._replace(
         names=[

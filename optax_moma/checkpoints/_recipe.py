@@ -95,6 +95,11 @@ Weight = Annotated[
 ]
 
 
+def _buildable(spec: Any) -> Any:
+    build_method(spec, {})
+    return spec
+
+
 class CurvatureSource(_Strict):
     """Where an expert's curvature is.
 
@@ -251,7 +256,7 @@ class Recipe(_Strict):
     """
 
     experts: dict[str, Annotated[Expert, BeforeValidator(_as_path)]] = Field(min_length=1)
-    method: Any
+    method: Annotated[Any, AfterValidator(_buildable)]
     base: Annotated[Source, BeforeValidator(_as_path)] | None = None
     rules: list[Rule] = []
     ignore: list[str] = []
@@ -281,11 +286,6 @@ class Recipe(_Strict):
                     f"experts.{name}: the same checkpoint as {seen[place]!r}; leave one of them "
                     "out, or give it more weight:"
                 )
-        try:
-            build_method(self.method, {})
-        except ValueError as error:
-            yield f"method: {error}"
-            return
         for i, rule in enumerate(self.rules):
             where = f"rules.{i}: "
             if rule.otherwise is not None and i < len(self.rules) - 1:

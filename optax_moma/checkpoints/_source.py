@@ -14,6 +14,7 @@ import numpy as np
 from .. import _curvature
 from .._moments import Factored
 from .._tree import named_leaves
+from ..merging._inputs import is_float
 from . import _globs, _orbax, _safetensors
 
 Abstract = jax.ShapeDtypeStruct
@@ -149,6 +150,89 @@ def inspect(
     }
 
 
+@dataclass(frozen=True)
+class Description:
+    """What a checkpoint holds.
+
+    Attributes:
+      path: Where it lies; in a folder of steps, the step's own folder.
+      step: How far it was trained, if it says so.
+      leaves: Shape and dtype by leaf path.
+      params: The path of the params, "" if they are all of it; None if they cannot be told.
+      curvature: Whose moments its curvature is read from, and in which parts; None if it has none.
+      covered: How many floating-point leaves of the params have a curvature.
+      wanted: How many there are.
+      gradients: From how many gradients the curvature was estimated, if that is noted.
+    """
+
+    path: Path
+    step: int | None
+    leaves: dict[str, tuple[tuple[int, ...], str]]
+    params: str | None
+    curvature: str | None
+    covered: int
+    wanted: int
+    gradients: int | None
+
+
+def describe(
+    path: Path | str, *, item: str | None = None, step: Step = None, params: str | None = None
+) -> Description:
+    """Finds out what a checkpoint holds: its leaves, and where a merge finds what it needs.
+
+    Reads metadata, and two numbers: how far it was trained and by how many gradients.
+
+    Args:
+      path: An Orbax checkpoint or a folder of steps; a safetensors file, or a folder of them.
+      item: The name of the tree, in an Orbax checkpoint that has several.
+      step: Which step of a folder of steps; "latest" for the last.
+      params: The path of the params in the tree; by default they are searched for.
+
+    Returns:
+      A ``Description``.
+
+    Raises:
+      ValueError: if there is nothing that can be read.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, tempfile
+      >>> from orbax.checkpoint import v1 as ocp
+      >>> folder, params = tempfile.mkdtemp(), {"w": jnp.ones((2, 3))}
+      >>> state = {"params": params, "opt_state": optax.adam(1e-3).init(params)}
+      >>> ocp.save(f"{folder}/a", state)
+      >>> found = describe(f"{folder}/a")
+      >>> found.params, found.curvature, found.covered, found.wanted
+      ('params', 'adam (opt_state/0)', 1, 1)
+    """
+    checkpoint = open_checkpoint(Path(path), item, step)
+    leaves = {
+        name: (tuple(leaf.shape), str(leaf.dtype))
+        for name, leaf in checkpoint.leaves.items()
+        if isinstance(leaf, Abstract)
+    }
+    try:
+        model = open_model(str(path), checkpoint, params)
+    except ValueError:
+        if params is not None:
+            raise
+        return Description(checkpoint.path, checkpoint.step, leaves, None, None, 0, 0, None)
+    floats = [
+        name for name, leaf in model.leaves.items() if isinstance(leaf, Abstract) and is_float(leaf)
+    ]
+    kind, covered, gradients = None, 0, None
+    try:
+        curvature = open_curvature(model, checkpoint, None, 0.999, None)
+    except ValueError:
+        pass  # It holds none.
+    else:
+        kind, gradients = curvature.kind, curvature.gradients
+        covered = sum(name in curvature.needs for name in floats)
+    where = "/".join(model.prefix)
+    return Description(
+        checkpoint.path, model.step, leaves, where, kind, covered, len(floats), gradients
+    )
+
+
 class Model(NamedTuple):
     """The params in a checkpoint.
 
@@ -258,9 +342,19 @@ class CurvatureOf(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """Whose moments it is read from, and where they lie."""
-        kinds = sorted({need.kind for need in self.needs.values()})
-        return f"{', '.join(kinds) or 'nothing'} in {self.checkpoint.path}"
+        """Whose moments it is read from, and where they lie in the checkpoint."""
+        if self.checkpoint.tensors is not None:
+            return self.checkpoint.path.name
+        # The numbers that all leaves share, or else a field of one leaf, tell the state's place.
+        places: dict[str, list[str]] = {}
+        for need in self.needs.values():
+            shared, field = next(iter(need.scalars.items()), (None, ""))
+            if shared is None:
+                shared, field = next(iter(need.fields.items()))
+            place = field.split(f"/{shared}")[0]
+            if place not in places.setdefault(need.kind, []):
+                places[need.kind].append(place)
+        return ", ".join(f"{kind} ({', '.join(found)})" for kind, found in places.items())
 
     @property
     def gradients(self) -> int | None:

@@ -114,7 +114,7 @@ def checked_inputs(
         # A method that does not look at the curvature must not fail for what is in it.
         curvatures = []
 
-    say = _weights(contract, weights, experts, names, problems)
+    say = checked_weights(contract, weights, experts, names, problems)
     problems += _faulty_values(models, curvatures, wanted, gram=bool(contract.gram))
     if problems:
         raise MergeError("Cannot merge,", problems)
@@ -360,9 +360,10 @@ def _aligned(
     return list(values)
 
 
-def _weights(
+def checked_weights(
     contract: Contract, weights: Any, experts: Any, names: list[str], problems: list[str]
 ) -> jax.Array | np.ndarray:
+    """Returns one number per expert, in the order of names; notes what is wrong in problems."""
     if weights is None:
         return np.ones(len(names), np.float32)
     sequence = isinstance(weights, (Mapping, list, tuple))

@@ -96,7 +96,7 @@ def test_plan_counts(world):
     base, code, math_ = found.models
     assert (base.name, base.params, base.step, base.curvature) == ("base", "", None, None)
     assert (math_.params, math_.step, math_.gradients) == ("params", 3, 3)
-    assert math_.curvature == f"moma in {world.folder / 'math'}"
+    assert math_.curvature == "moma (opt_state/1/0)"
     assert code.dtypes == ["bfloat16", "float32", "int32"] and code.bytes == sum(sizes.values())
     assert math_.drift is None  # What moma merges has no matrix that is large enough to tell.
     math_ = checkpoints.plan(world.recipe("moma")).models[-1]
