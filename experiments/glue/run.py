@@ -4,7 +4,8 @@
     python experiments/glue/run.py fisher       # exact Fisher of each expert, with data
     python experiments/glue/run.py select       # keep a part of each task vector
     python experiments/glue/run.py merge        # every method, tuned on dev, reported on test
-    python experiments/glue/run.py statistics   # correlations, overlaps, barriers, ablations
+    python experiments/glue/run.py ablate       # one step of moma's and umtam's merge taken out
+    python experiments/glue/run.py statistics   # correlations, overlaps, conflicts, barriers
     python experiments/glue/run.py report       # tables, figures and RESULTS.md from the CSV files
 
 Every stage goes on where it was stopped: experts lie in the cache (OPTAX_MOMA_CACHE, or the user's
@@ -12,12 +13,16 @@ cache folder), results in CSV files beside this one. Tasks are read from OPTAX_M
 the Hugging Face hub where that is unset.
 """
 
+from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from glue_study import stages
 from glue_study.experts import open_study
+from glue_study.merges import ABLATIONS, METHODS, Method
+from glue_study.report import BLOCKS, write_report
 from glue_study.tasks import KINDS, Sizes
 
 app = typer.Typer(help=__doc__, add_completion=False, no_args_is_help=True)
@@ -27,13 +32,15 @@ Optimizers = Annotated[
     list[str], typer.Option("--optimizer", help="moma, adamw or umtam; repeat for several.")
 ]
 Seeds = Annotated[list[int], typer.Option("--seed", min=0, help="Repeat for several.")]
+Split = Annotated[Literal["held", "test"], typer.Option(help="Where results are shown.")]
 Results = Annotated[
     Path,
     typer.Option(file_okay=False, envvar="OPTAX_MOMA_RESULTS", help="Folder of the CSV files."),
 ]
 
 HERE = Path(__file__).parent / "results"
-ALL, BOTH, FIRST = list(KINDS), ["moma", "adamw"], [0]
+Page = Annotated[Path, typer.Option(dir_okay=False, help="The page whose tables are filled.")]
+ALL, BOTH, FIRST, SIZES, NONE = list(KINDS), ["moma", "adamw"], [0], [8, 4, 2], []
 
 
 @app.command()
@@ -45,10 +52,87 @@ def train(
 ) -> None:
     """Chooses each optimizer's learning rate on dev and trains the experts, seed by seed."""
     opened = open_study(ALL, Sizes(), results)
-    for number in seed:
-        for name in optimizer:
-            stages.learning_rates(opened, name)
-            stages.train(opened, task, name, number)
+    for number, name in product(seed, optimizer):
+        stages.learning_rates(opened, name)
+        stages.train(opened, task, name, number)
+
+
+@app.command()
+def fisher(
+    task: Tasks = ALL, optimizer: Optimizers = BOTH, seed: Seeds = FIRST, results: Results = HERE
+) -> None:
+    """Computes the exact Fisher of each expert from examples, with time and bytes."""
+    opened = open_study(ALL, Sizes(), results)
+    for number, name in product(seed, optimizer):
+        stages.fisher(opened, task, name, number)
+
+
+@app.command()
+def select(
+    task: Tasks = ALL,
+    optimizer: Optimizers = BOTH,
+    seed: Seeds = FIRST,
+    split: Annotated[Literal["dev", "test"], typer.Option()] = "dev",
+    results: Results = HERE,
+) -> None:
+    """Keeps the top 1 to 90 % of each task vector by every score."""
+    opened = open_study(ALL, Sizes(), results)
+    for number, name in product(seed, optimizer):
+        stages.select(opened, task, name, number, split)
+
+
+@app.command()
+def merge(
+    optimizer: Optimizers = BOTH,
+    seed: Seeds = FIRST,
+    method: Annotated[list[str], typer.Option(help="Names of the table; all by default.")] = NONE,
+    size: Annotated[list[int], typer.Option(help="How many experts: 2, 4 or 8.")] = SIZES,
+    split: Split = "held",
+    results: Results = HERE,
+) -> None:
+    """Merges by every method, tuned on one half of dev; reports on the other half or on test."""
+    chosen = named(METHODS, method)
+    opened = open_study(ALL, Sizes(), results)
+    sets = [names for names in stages.SETS if len(names) in size]
+    for number, name in product(seed, optimizer):
+        stages.merge(opened, name, number, chosen, sets, split, "merges")
+
+
+@app.command()
+def ablate(
+    optimizer: Optimizers = BOTH,
+    seed: Seeds = FIRST,
+    split: Split = "held",
+    results: Results = HERE,
+) -> None:
+    """The same with one step of the merges of moma and umtam taken out, on all eight experts."""
+    opened = open_study(ALL, Sizes(), results)
+    for number, name in product(seed, optimizer):
+        stages.merge(opened, name, number, ABLATIONS, stages.SETS[:1], split, "ablations")
+
+
+@app.command()
+def statistics(
+    task: Tasks = ALL, optimizer: Optimizers = BOTH, seed: Seeds = FIRST, results: Results = HERE
+) -> None:
+    """Correlates every estimate with the exact Fisher; overlap, conflict, barrier of all pairs."""
+    opened = open_study(ALL, Sizes(), results)
+    for number, name in product(seed, optimizer):
+        stages.correlations(opened, task, name, number)
+        stages.pairs(opened, task, name, number)
+
+
+@app.command()
+def report(results: Results = HERE, page: Page = HERE.parent / "RESULTS.md") -> None:
+    """Draws the figures and fills the tables of RESULTS.md from the CSV files."""
+    write_report(results, page)
+    typer.echo(f"{page}: {len(BLOCKS)} tables")
+
+
+def named(table: Mapping[str, Method], names: list[str]) -> dict[str, Method]:
+    if unknown := [name for name in names if name not in table]:
+        raise typer.BadParameter(f"no method {unknown}; there are {list(table)}")
+    return {name: table[name] for name in names or table}
 
 
 if __name__ == "__main__":

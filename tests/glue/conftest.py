@@ -15,7 +15,7 @@ pytest.importorskip("tokenizers")
 def small(tmp_path_factory):
     """Three tasks, on the share of high words in random texts and on their length."""
     from flax import nnx
-    from glue_study import stages, tasks
+    from glue_study import experts, stages, tasks
     from glue_study.experts import Recipe, Study
 
     from optax_moma.demo.encoder import Config, Encoder
@@ -42,6 +42,8 @@ def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("glue")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "RATES", (1e-3, 3e-3))
+        # One length, so that everything is compiled once.
+        patch.setattr(experts, "BUCKET", 32)
         patch.setattr(Recipe, "__new__", _with_defaults(Recipe.__new__, batch=16, epochs=2, rank=4))
         yield Study(
             Encoder(config, rngs=nnx.Rngs(0)),

@@ -321,6 +321,11 @@ def about_expert(study: Study, recipe: Recipe) -> dict[str, Any] | None:
     return found["about"] if found and found["recipe"] == recipe._asdict() else None
 
 
+def size(tree: Any) -> int:
+    """Bytes of all arrays of a tree."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
 def machine() -> str:
     """What a time was measured on."""
     device = jax.devices()[0]
@@ -330,14 +335,18 @@ def machine() -> str:
 # ------------------------------------------------------------------------------------- evaluation
 
 
+@cache
+def _embedder(graph: Any) -> Callable[[Params, jax.Array], jax.Array]:
+    return jax.jit(lambda params, tokens: embed(nnx.merge(graph, params), tokens, segments(tokens)))
+
+
 class Evaluator:
     """Scores an encoder on tasks, each with its own expert's head; compiled once per length."""
 
     def __init__(self, study: Study):
-        """Keeps the texts of each split sorted by length."""
-        graph = nnx.graphdef(study.encoder)
+        """Evaluates on a study's tasks."""
         self._tasks = study.tasks
-        self._embed = jax.jit(lambda p, t: embed(nnx.merge(graph, p), t, segments(t)))
+        self._embed = _embedder(nnx.graphdef(study.encoder))
 
     def embeddings(self, encoder: Params, tokens: np.ndarray) -> np.ndarray:
         """(n, LENGTH) -> (n, width), in batches of similar length."""

@@ -1,17 +1,42 @@
 """The stages of the study: each reads what is cached and adds lines to CSV files."""
 
-from collections.abc import Sequence
-from itertools import product
+import json
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import combinations, product
+from typing import Any, Literal
 
+import jax
 import numpy as np
 from rich.console import Console
 
-from .experts import Evaluator, Recipe, Study, about_expert, expert
+from optax_moma.demo.encoder import Params
+from optax_moma.demo.pipeline import along
+
+from . import measures, merges, saliency
+from .experts import Evaluator, Expert, Recipe, Study, about_expert, expert, machine
+from .fisher import fisher_of
+from .fisher import record as record_fisher
+from .merges import Choice, Method
 from .records import Records, numbers
+from .tasks import Examples
 
 RATES = (5e-5, 1e-4, 2e-4, 4e-4)
 RATE_TASKS = ("cola", "sick")
 """Cheap tasks of different kinds, on which the learning rates are chosen at the full budget."""
+SETS: Sequence[tuple[str, ...]] = (
+    ("sst2", "cola", "mrpc", "rte", "sick", "trec", "sts", "ag_news"),
+    ("sst2", "mrpc", "sick", "trec"),
+    ("cola", "rte", "sts", "ag_news"),
+    ("sst2", "ag_news"),
+    ("cola", "trec"),
+    ("mrpc", "rte"),
+    ("sick", "sts"),
+)
+"""The experts that are merged: all, two fours, four pairs, alike and unlike."""
+Reported = Literal["held", "test"]
+"""Where results are shown: the half of dev on which nothing is tuned, or test."""
 
 console = Console(highlight=False)
 
@@ -100,3 +125,273 @@ def train(study: Study, tasks: Sequence[str], optimizer: str, seed: int) -> None
             f"{recipe.name}: {metrics[0]} dev {dev[metrics[0]]:.3f} test {test[metrics[0]]:.3f},"
             f" {about['seconds']:.0f} s"
         )
+
+
+# ----------------------------------------------------------------------------------------- fisher
+
+
+def fisher(study: Study, tasks: Sequence[str], optimizer: str, seed: int) -> None:
+    """The exact Fisher of each expert, and what it costs."""
+    for task in tasks:
+        record_fisher(study, recipe_for(study, task, optimizer, seed))
+        console.print(f"Fisher of {task}, {optimizer}, seed {seed}")
+
+
+# ----------------------------------------------------------------------------------------- select
+
+
+def halves(study: Study) -> Study:
+    """The study with dev cut in two: ``tune`` and ``held``."""
+
+    def cut(examples: Examples) -> tuple[Examples, Examples]:
+        half = len(examples.targets) // 2
+        return Examples(*(x[:half] for x in examples)), Examples(*(x[half:] for x in examples))
+
+    tasks = {}
+    for name, task in study.tasks.items():
+        tune, held = cut(task.splits["dev"])
+        tasks[name] = task._replace(splits={**task.splits, "tune": tune, "held": held})
+    return study._replace(tasks=tasks)
+
+
+def select(
+    study: Study, tasks: Sequence[str], optimizer: str, seed: int, split: Literal["dev", "test"]
+) -> None:
+    """Keeps a part of each task vector by every score; nothing is tuned."""
+    key = ("task", "optimizer", "seed", "split", "score", "scope", "density")
+    records, evaluate = Records(study.results / "select.csv", key), Evaluator(study)
+    for task in tasks:
+        recipe = recipe_for(study, task, optimizer, seed)
+        ours = {"task": task, "optimizer": optimizer, "seed": seed, "split": split}
+        densities = saliency.DENSITIES
+        if all(
+            records.holds(**ours, score=score, scope=scope, density=densities[-1])
+            for score, scope in product(saliency.SCORES, ("tensor", "global"))
+        ):
+            continue
+        trained, base = expert(study, recipe), study.base
+        truth = fisher_of(study, recipe)
+        evaluated = partial(_one, evaluate, task, trained.head, split)
+        ends = {"expert_value": evaluated(trained.encoder), "base_value": evaluated(base)}
+        for name, make in saliency.SCORES.items():
+            scores = make(trained, base, truth)
+            if scores is None:
+                continue
+            for scope in ("tensor", "global"):
+                if records.holds(**ours, score=name, scope=scope, density=densities[-1]):
+                    continue
+                models = saliency.kept(trained.encoder, base, scores, densities, scope)
+                for density, model in zip(densities, models, strict=True):
+                    if not records.holds(**ours, score=name, scope=scope, density=density):
+                        records.add(
+                            **ours,
+                            score=name,
+                            scope=scope,
+                            density=density,
+                            value=evaluated(model),
+                            **ends,
+                            machine=machine(),
+                        )
+        console.print(f"selection: {recipe.name}")
+
+
+def _one(evaluate: Evaluator, task: str, head: Params, split: Any, encoder: Params) -> float:
+    return evaluate.primary(encoder, {task: head}, split)[task]
+
+
+# ------------------------------------------------------------------------------------------ merge
+
+
+def shares(scores: Mapping[str, float], experts: Mapping[str, float]) -> dict[str, float]:
+    """score / the expert's score, by task."""
+    return {task: scores[task] / experts[task] for task in scores}
+
+
+def merge(
+    study: Study,
+    optimizer: str,
+    seed: int,
+    methods: Mapping[str, Method],
+    sets: Sequence[tuple[str, ...]],
+    split: Reported,
+    file: str,
+) -> None:
+    """Merges by every method, at its defaults and tuned, and scores each task with its own head."""
+    setting = ("optimizer", "seed", "experts", "method")
+    records = Records(study.results / f"{file}.csv", (*setting, "tuned", "split", "task"))
+    tuning = Records(study.results / f"{file}_tuning.csv", (*setting, "setting", "scale"))
+    evaluate, base = Evaluator(halves(study)), study.base
+
+    for names in sets:
+        label = {"optimizer": optimizer, "seed": seed, "experts": "+".join(names)}
+        todo = [
+            name
+            for name in ("base", "experts", *methods)
+            for tuned in ((False, True) if name in methods else (False,))
+            if not records.holds(**label, method=name, tuned=tuned, split=split, task=names[-1])
+        ]
+        if not todo:
+            continue
+        recipes = {name: recipe_for(study, name, optimizer, seed) for name in names}
+        experts = {name: expert(study, recipe) for name, recipe in recipes.items()}
+        heads = {name: own.head for name, own in experts.items()}
+        fishers = (
+            {name: fisher_of(study, recipe) for name, recipe in recipes.items()}
+            if any(methods[name].curvature == "fisher" for name in todo if name in methods)
+            else {}
+        )
+        ceiling = {
+            part: {
+                name: _one(evaluate, name, own.head, part, own.encoder)
+                for name, own in experts.items()
+            }
+            for part in ("tune", split)
+        }
+
+        def record(
+            name: str,
+            scores: Mapping[str, float],
+            *,
+            tuned: bool = False,
+            choice: Choice | None = None,
+            seconds: float = 0.0,
+            label: dict[str, Any] = label,
+            best: Mapping[str, float] = ceiling[split],
+        ) -> None:
+            found = {"method": name, "tuned": tuned, "split": split}
+            for task, score in scores.items():
+                if not records.holds(**label, **found, task=task):
+                    records.add(
+                        **label,
+                        **found,
+                        task=task,
+                        setting=json.dumps(choice.setting) if choice else "default",
+                        scale=choice.scale if choice else 1.0,
+                        score=score,
+                        share=score / best[task],
+                        seconds=seconds,
+                        machine=machine(),
+                    )
+
+        record("base", evaluate.primary(base, heads, split))
+        record("experts", ceiling[split])
+        for name in (name for name in methods if name in todo):
+            method = methods[name]
+            curvature = merges.given(method, experts, fishers)
+            start = time.monotonic()
+            plain = jax.block_until_ready(merges.merged(method.make(), experts, base, curvature))
+            seconds = time.monotonic() - start
+            record(name, evaluate.primary(plain, heads, split), seconds=seconds)
+            choice, whole = _tuned(
+                tuning, label | {"method": name}, method, experts, heads, base, curvature,
+                evaluate, ceiling["tune"],
+            )  # fmt: skip
+            scores = evaluate.primary(along(base, whole, choice.scale), heads, split)
+            record(name, scores, tuned=True, choice=choice, seconds=seconds)
+            share = np.mean(list(shares(scores, ceiling[split]).values()))
+            console.print(
+                f"{len(names)} of {optimizer}, seed {seed}: {name} {choice.setting} scale"
+                f" {choice.scale}: {100 * share:.1f} % on {split}"
+            )
+
+
+def _tuned(
+    tuning: Records,
+    label: dict[str, Any],
+    method: Method,
+    experts: Mapping[str, Expert],
+    heads: Mapping[str, Params],
+    base: Params,
+    curvature: Any,
+    evaluate: Evaluator,
+    ceiling: Mapping[str, float],
+) -> tuple[Choice, Params]:
+    """The best point of a method's grid, read from the records or found."""
+
+    def score(encoder: Params) -> float:
+        found = evaluate.primary(encoder, heads, "tune")
+        return float(np.mean(list(shares(found, ceiling).values())))
+
+    if not tuning.where(**label):
+        points = [choice for choice, _ in merges.tried(method, experts, base, curvature, score)]
+        for choice in points:
+            tuning.add(
+                **label,
+                setting=json.dumps(choice.setting),
+                scale=choice.scale,
+                score=choice.score,
+            )
+    rows = tuning.where(**label)
+    row = max(rows, key=lambda row: float(row["score"]))
+    choice = Choice(json.loads(row["setting"]), float(row["scale"]), float(row["score"]))
+    return choice, merges.merged(method.make(**choice.setting), experts, base, curvature)
+
+
+# ------------------------------------------------------------------------------------- statistics
+
+
+def correlations(study: Study, tasks: Sequence[str], optimizer: str, seed: int) -> None:
+    """Rank correlation of every estimate with the exact Fisher, leaf by leaf."""
+    key = ("task", "optimizer", "seed", "kind", "estimate", "leaf")
+    records = Records(study.results / "correlations.csv", key)
+    for task in tasks:
+        if records.where(task=task, optimizer=optimizer, seed=seed):
+            continue
+        recipe = recipe_for(study, task, optimizer, seed)
+        rows = list(
+            measures.agreements(expert(study, recipe), study.base, fisher_of(study, recipe))
+        )
+        for kind, estimate, leaf, rho, entries in rows:
+            records.add(
+                task=task,
+                optimizer=optimizer,
+                seed=seed,
+                kind=kind,
+                estimate=estimate,
+                leaf=leaf,
+                rho=rho,
+                entries=entries,
+            )
+        console.print(f"correlations: {recipe.name}")
+
+
+POINTS = 5
+"""Where the line between two experts is scored, ends included."""
+
+
+def pairs(study: Study, tasks: Sequence[str], optimizer: str, seed: int) -> None:
+    """Overlap and conflict of every pair of experts, and the barrier between them on dev."""
+    records = Records(study.results / "pairs.csv", ("optimizer", "seed", "a", "b"))
+    evaluate, base = Evaluator(study), study.base
+    recipes = {name: recipe_for(study, name, optimizer, seed) for name in tasks}
+    for a, b in combinations(tasks, 2):
+        if records.holds(optimizer=optimizer, seed=seed, a=a, b=b):
+            continue
+        one, other = expert(study, recipes[a]), expert(study, recipes[b])
+        heads = {a: one.head, b: other.head}
+        ceiling = {
+            name: _one(evaluate, name, own.head, "dev", own.encoder)
+            for name, own in ((a, one), (b, other))
+        }
+
+        def score(encoder: Params, heads: Any = heads, ceiling: Any = ceiling) -> float:
+            found = shares(evaluate.primary(encoder, heads, "dev"), ceiling)
+            return float(np.mean(list(found.values())))
+
+        along_path = measures.path(one.encoder, other.encoder, POINTS, score)
+        records.add(
+            optimizer=optimizer,
+            seed=seed,
+            a=a,
+            b=b,
+            **measures.conflict(one.encoder, other.encoder, base),
+            overlap_optimizer=measures.overlap(
+                one.statistics.curvature, other.statistics.curvature
+            ),
+            overlap_fisher=measures.overlap(
+                fisher_of(study, recipes[a]), fisher_of(study, recipes[b])
+            ),
+            path=" ".join(f"{value:.4f}" for value in along_path),
+            barrier=measures.barrier(along_path),
+        )
+        console.print(f"pair: {a}, {b} of {optimizer}, seed {seed}")

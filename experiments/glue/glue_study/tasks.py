@@ -28,7 +28,8 @@ from tokenizers import Tokenizer
 
 from optax_moma.demo.encoder import pad
 
-Split = Literal["train", "dev", "test"]
+Split = Literal["train", "dev", "test", "tune", "held"]
+"""``tune`` and ``held`` are the halves of dev."""
 Row = tuple[str | tuple[str, str], float]
 """A text, or a pair of texts, and its target."""
 Rows = dict[Split, list[Row]]

@@ -1,0 +1,404 @@
+"""Tables and figures from the CSV files; no number here is computed from anything else."""
+
+import csv
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .tasks import KINDS
+
+Row = dict[str, str]
+COLOURS = {
+    "magnitude": "black",
+    "exact Fisher": "C3",
+    "curvature R, C": "C0",
+    "curvature R, C, power 1/2": "C9",
+    "path integral": "C2",
+    "path curvature": "C8",
+    "Adam's v": "C1",
+    "dense S of the paper": "C4",
+    "random": "0.6",
+}
+
+
+def write_report(results: Path, page: Path) -> None:
+    """Writes figures beside the CSV files and fills the page's tables, leaving its prose alone.
+
+    A table stands between ``<!-- name -->`` and ``<!-- end name -->``; a page that does not exist
+    is made with a heading and the tables.
+    """
+    blocks = {}
+    for name, (file, title, make) in BLOCKS.items():
+        path = results / f"{file}.csv"
+        if path.exists():
+            with path.open(newline="", encoding="utf-8") as lines:
+                rows = list(csv.DictReader(lines))
+            blocks[name] = (title, make(rows, results))
+    text = page.read_text("utf-8") if page.exists() else "# Results\n"
+    for name, (title, block) in blocks.items():
+        framed = f"<!-- {name} -->\n{block}\n<!-- end {name} -->"
+        found = re.compile(f"<!-- {name} -->.*<!-- end {name} -->", re.DOTALL)
+        if found.search(text):
+            text = found.sub(lambda _, framed=framed: framed, text)
+        else:
+            text = f"{text.rstrip()}\n\n## {title}\n\n{framed}\n"
+    page.write_text(text, "utf-8")
+
+
+def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def number(values: Sequence[float], digits: int = 1, factor: float = 100.0) -> str:
+    """Mean and, of several values, their standard error."""
+    x = factor * np.asarray(values, np.float64)
+    if not len(x):
+        return ""
+    mean = f"{x.mean():.{digits}f}"
+    return mean if len(x) == 1 else f"{mean} ± {x.std(ddof=1) / np.sqrt(len(x)):.{digits}f}"
+
+
+def unique(rows: Iterable[Row], column: str) -> list[str]:
+    """The values of a column in their order."""
+    return list(dict.fromkeys(row[column] for row in rows))
+
+
+def pick(rows: Iterable[Row], column: str, **equal: str) -> list[float]:
+    """Numbers of one column, of the lines with these values."""
+    return [float(row[column]) for row in rows if all(row[k] == v for k, v in equal.items())]
+
+
+def _save(figure: Figure, path: Path) -> str:
+    figure.savefig(path, dpi=120)
+    return f"![{path.stem}](results/{path.name})"
+
+
+def _tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="0.93")
+    axes.set_axisbelow(True)
+
+
+# -------------------------------------------------------------------------------------- the blocks
+
+
+def rates(rows: list[Row], results: Path) -> str:
+    """Dev scores by learning rate; the best mean is the one that was used."""
+    tasks, grid = unique(rows, "task"), unique(rows, "learning_rate")
+    lines = []
+    for optimizer in unique(rows, "optimizer"):
+        for rate in grid:
+            own = [
+                pick(rows, "dev", optimizer=optimizer, learning_rate=rate, task=t) for t in tasks
+            ]
+            if all(own):
+                flat = [x for values in own for x in values]
+                lines.append([optimizer, rate, *map(number, own), f"{100 * np.mean(flat):.1f}"])
+    return table(["optimizer", "learning rate", *(KINDS[t].title for t in tasks), "mean"], lines)
+
+
+def experts(rows: list[Row], results: Path) -> str:
+    """Test scores of the experts, and what training one took."""
+    optimizers = unique(rows, "optimizer")
+    lines = []
+    for task, metric in dict.fromkeys((row["task"], row["metric"]) for row in rows):
+        own = [row for row in rows if row["task"] == task and row["metric"] == metric]
+        lines.append(
+            [
+                KINDS[task].title,
+                metric,
+                *(number(pick(own, "test", optimizer=o)) for o in optimizers),
+                *(number(pick(own, "seconds", optimizer=o), 0, 1.0) for o in optimizers),
+            ]
+        )
+    header = ["task", "metric", *(f"{o}, test" for o in optimizers)]
+    return table([*header, *(f"{o}, seconds" for o in optimizers)], lines)
+
+
+def costs(rows: list[Row], results: Path) -> str:
+    """Seconds and bytes of the exact Fisher, beside the curvature that training left."""
+    lines = []
+    for optimizer in unique(rows, "optimizer"):
+        own = [row for row in rows if row["optimizer"] == optimizer]
+        ours, theirs = (pick(own, f"{kind}_bytes") for kind in ("curvature", "fisher"))
+        lines.append(
+            [
+                optimizer,
+                number(pick(own, "seconds"), 0, 1.0),
+                number(pick(own, "training_seconds"), 0, 1.0),
+                f"{np.mean(theirs) / 1e6:.1f}",
+                f"{np.mean(ours) / 1e6:.1f}",
+                f"{100 * np.sum(ours) / np.sum(theirs):.1f} %",
+            ]
+        )
+    header = ["experts of", "Fisher, seconds", "training, seconds", "Fisher, MB"]
+    return table([*header, "the optimizer's, MB", "share of bytes"], lines)
+
+
+def selection(rows: list[Row], results: Path) -> str:
+    """What is kept of the expert's score by each score at each density, against magnitude."""
+    parts = []
+    for split, optimizer in dict.fromkeys((row["split"], row["optimizer"]) for row in rows):
+        own = [r for r in rows if r["split"] == split and r["optimizer"] == optimizer]
+        densities = sorted(unique(own, "density"), key=float)
+        names = unique(own, "score")
+        figure = Figure(figsize=(11, 4.6), layout="constrained")
+        for axes, scope in zip(
+            figure.subplots(1, 2, sharey=True), ("tensor", "global"), strict=True
+        ):
+            here = [r for r in own if r["scope"] == scope]
+            curves = {name: _curve(here, name, densities) for name in names}
+            for name, curve in curves.items():
+                mean = 100 * curve.mean(axis=0)
+                error = 100 * curve.std(axis=0) / np.sqrt(max(1, len(curve) - 1))
+                x = [100 * float(density) for density in densities]
+                colour = COLOURS.get(name)
+                axes.plot(x, mean, "o-", color=colour, label=name, ms=4)
+                axes.fill_between(x, mean - error, mean + error, color=colour, alpha=0.12, lw=0)
+            axes.set_xscale("log")
+            axes.set_xticks(x, [f"{value:g}" for value in x])
+            axes.minorticks_off()
+            axes.set_xlabel("entries of the task vector kept (%)")
+            axes.set_title(f"one threshold per {'tensor' if scope == 'tensor' else 'expert'}")
+            _tidy(axes)
+            lines = []
+            for name in names:
+                gap = curves[name] - curves["magnitude"]
+                lines.append(
+                    [name]
+                    + [
+                        number(curves[name][:, i].mean(keepdims=True))
+                        + ("" if name == "magnitude" else f" ({_signed(gap[:, i])})")
+                        for i in range(len(densities))
+                    ]
+                )
+            heading = f"Experts of {optimizer}, {split}, one threshold per "
+            heading += "tensor" if scope == "tensor" else "expert"
+            heads = [f"{100 * float(d):g} %" for d in densities]
+            parts.append(f"{heading}:\n\n{table(['score', *heads], lines)}")
+        axes = figure.axes[0]
+        axes.set_ylabel("share of the expert's score kept (%)")
+        figure.axes[1].legend(frameon=False, fontsize=8)
+        figure.suptitle(f"Experts trained with {optimizer}: mean over tasks ± standard error")
+        parts.append(_save(figure, results / f"selection_{optimizer}_{split}.png"))
+    note = "In brackets, the mean difference from magnitude over tasks and seeds ± standard error."
+    return "\n\n".join([*parts, note])
+
+
+def _curve(rows: list[Row], name: str, densities: Sequence[str]) -> np.ndarray:
+    """(tasks and seeds, densities): shares of the expert's score."""
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        if row["score"] == name:
+            share = float(row["value"]) / float(row["expert_value"])
+            found.setdefault((row["task"], row["seed"]), {})[row["density"]] = share
+    whole = [own for own in found.values() if len(own) == len(densities)]
+    return np.array([[own[d] for d in densities] for own in whole])
+
+
+def _signed(gaps: np.ndarray) -> str:
+    text = number(gaps)
+    return text if text.startswith("-") else f"+{text}"
+
+
+def merging(rows: list[Row], results: Path, name: str = "merging") -> str:
+    """Shares of the experts' scores kept by every method, at its defaults and tuned."""
+    parts = []
+    for split, optimizer in dict.fromkeys((row["split"], row["optimizer"]) for row in rows):
+        own = [r for r in rows if r["split"] == split and r["optimizer"] == optimizer]
+        sizes = sorted({row["experts"].count("+") + 1 for row in own}, reverse=True)
+        shares = {
+            (method, tuned, size): _means(own, method, tuned, size)
+            for method in unique(own, "method")
+            for tuned in ("False", "True")
+            for size in sizes
+        }
+        methods = sorted(
+            unique(own, "method"),
+            key=lambda m: (
+                -np.mean(shares[m, "True", sizes[0]] or shares[m, "False", sizes[0]] or 0)
+            ),
+        )
+        lines = [
+            [m, *(number(shares[m, t, n]) for n in sizes for t in ("True", "False"))]
+            for m in methods
+        ]
+        header = [f"{n} experts, {t}" for n in sizes for t in ("tuned", "default")]
+        head = f"Experts of {optimizer}, {split}: mean share of the experts' scores kept (%)"
+        parts.append(f"{head}\n\n{table(['method', *header], lines)}")
+        parts.append(_by_task(own, sizes[0], methods))
+        figure = results / f"{name}_{optimizer}_{split}.png"
+        parts.append(_dots(shares, methods, sizes[0], optimizer, figure))
+    return "\n\n".join(parts)
+
+
+def _means(rows: list[Row], method: str, tuned: str, size: int) -> list[float]:
+    """The mean share over tasks, of each set and seed."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if (row["method"], row["tuned"]) == (method, tuned):
+            if row["experts"].count("+") + 1 == size:
+                found.setdefault((row["experts"], row["seed"]), []).append(float(row["share"]))
+    return [float(np.mean(own)) for own in found.values()]
+
+
+def _by_task(rows: list[Row], size: int, methods: Sequence[str]) -> str:
+    """Absolute scores by task, tuned, of the largest set."""
+    rows = [row for row in rows if row["experts"].count("+") + 1 == size]
+    tasks = unique(rows, "task")
+    lines = []
+    for method in methods:
+        tuned = "False" if method in ("base", "experts") else "True"
+        own = [number(pick(rows, "score", method=method, tuned=tuned, task=t)) for t in tasks]
+        if any(own):
+            lines.append([method, *own])
+    return table(["score × 100, tuned", *(KINDS[t].title for t in tasks)], lines)
+
+
+def _dots(
+    shares: Mapping[tuple[str, str, int], Sequence[float]],
+    methods: Sequence[str],
+    size: int,
+    optimizer: str,
+    path: Path,
+) -> str:
+    methods = [m for m in methods if m != "experts" and shares[m, "False", size]]
+    figure = Figure(figsize=(8, 1.2 + 0.27 * len(methods)), layout="constrained")
+    axes = figure.subplots()
+    for tuned, marker, label in (("True", "o", "tuned on dev"), ("False", "|", "at its defaults")):
+        for place, method in enumerate(methods):
+            values = 100 * np.asarray(shares[method, tuned, size])
+            if len(values):
+                axes.plot(values, [place] * len(values), marker, color="0.75", ms=5, zorder=1)
+                style = {"color": "C0" if tuned == "True" else "C1", "ms": 9, "zorder": 2}
+                axes.plot(values.mean(), place, marker, label=label, mew=2, **style)
+    axes.set_yticks(range(len(methods)), methods)
+    axes.invert_yaxis()
+    axes.axvline(100, color="0.4", lw=1, ls="--")
+    axes.set_xlabel(f"share of the experts' scores kept, mean over {size} tasks (%)")
+    handles, labels = axes.get_legend_handles_labels()
+    first = {label: handle for handle, label in zip(handles, labels, strict=True)}
+    axes.legend(first.values(), first.keys(), frameon=False, loc="lower left")
+    axes.set_title(f"{size} experts trained with {optimizer} in one encoder")
+    _tidy(axes)
+    return _save(figure, path)
+
+
+def correlations(rows: list[Row], results: Path) -> str:
+    """Mean rank correlation with the exact Fisher, over leaves of a kind, tasks and seeds."""
+    kinds: Mapping[str, Callable[[str], bool]] = {
+        "matrices of layers": lambda leaf: leaf.startswith("layers") and leaf.endswith("kernel"),
+        "embeddings": lambda leaf: leaf.endswith("embedding"),
+        "vectors": lambda leaf: leaf.endswith(("bias", "scale")),
+    }
+    lines = []
+    for optimizer, kind, estimate in dict.fromkeys(
+        (row["optimizer"], row["kind"], row["estimate"]) for row in rows
+    ):
+        own = [
+            row
+            for row in rows
+            if (row["optimizer"], row["kind"], row["estimate"]) == (optimizer, kind, estimate)
+        ]
+        cells = []
+        for belongs in kinds.values():
+            by_task: dict[str, list[float]] = {}
+            for row in own:
+                if belongs(row["leaf"]):
+                    by_task.setdefault(row["task"], []).append(float(row["rho"]))
+            cells.append(number([float(np.mean(v)) for v in by_task.values()], 2, 1.0))
+        lines.append([optimizer, kind, estimate, *cells])
+    return "\n\n".join(
+        [
+            table(["experts of", "of", "estimate", *kinds], lines),
+            _layers(rows, results),
+            "Mean over tasks ± standard error. A curvature is compared with F, a saliency with"
+            " d²F, over the entries that training changed.",
+        ]
+    )
+
+
+def _layers(rows: list[Row], results: Path) -> str:
+    rows = [r for r in rows if r["leaf"].startswith("layers") and r["leaf"].endswith("kernel")]
+    optimizers = unique(rows, "optimizer")
+    depth = sorted({int(row["leaf"].split("/")[1]) for row in rows})
+    figure = Figure(figsize=(5.5 * len(optimizers), 4), layout="constrained")
+    for axes, optimizer in zip(
+        figure.subplots(1, len(optimizers), sharey=True, squeeze=False)[0], optimizers, strict=True
+    ):
+        own = [r for r in rows if r["optimizer"] == optimizer and r["kind"] == "saliency"]
+        for estimate in unique(own, "estimate"):
+            means = [
+                np.mean(
+                    [
+                        float(r["rho"])
+                        for r in own
+                        if r["estimate"] == estimate and int(r["leaf"].split("/")[1]) == layer
+                    ]
+                )
+                for layer in depth
+            ]
+            axes.plot(depth, means, "o-", label=estimate, color=COLOURS.get(estimate), ms=4)
+        axes.set_xticks(depth)
+        axes.set_xlabel("layer")
+        axes.set_title(f"experts of {optimizer}")
+        axes.legend(frameon=False, fontsize=8)
+        _tidy(axes)
+    figure.axes[0].set_ylabel("rank correlation with d² × exact Fisher")
+    return _save(figure, results / "correlations.png")
+
+
+def pairs(rows: list[Row], results: Path) -> str:
+    """Cosine, sign conflict, overlap and barrier: the mean over pairs, and every pair."""
+    columns = {
+        "cosine": "cosine of task vectors",
+        "sign_conflict": "sign conflict",
+        "overlap_optimizer": "overlap, optimizer's curvature",
+        "overlap_fisher": "overlap, exact Fisher",
+        "barrier": "barrier",
+    }
+    optimizers = unique(rows, "optimizer")
+    lines = [
+        [o, *(number(pick(rows, column, optimizer=o), 3, 1.0) for column in columns)]
+        for o in optimizers
+    ]
+    figure = Figure(figsize=(4.2 * len(optimizers), 3.8), layout="constrained")
+    for axes, optimizer in zip(
+        figure.subplots(1, len(optimizers), squeeze=False)[0], optimizers, strict=True
+    ):
+        own = [row for row in rows if row["optimizer"] == optimizer]
+        names = list(dict.fromkeys(unique(own, "a") + unique(own, "b")))
+        grid = np.full((len(names), len(names)), np.nan)
+        for row in own:
+            i, j = sorted((names.index(row["a"]), names.index(row["b"])))
+            grid[j, i] = np.mean(pick(own, "sign_conflict", a=row["a"], b=row["b"]))
+            grid[i, j] = np.mean(pick(own, "overlap_optimizer", a=row["a"], b=row["b"]))
+        shown = axes.imshow(grid, cmap="viridis")
+        titles = [KINDS[name].title for name in names]
+        axes.set_xticks(range(len(names)), titles, rotation=60, ha="right")
+        axes.set_yticks(range(len(names)), titles)
+        axes.set_title(f"{optimizer}: overlap of curvature (above),\nsign conflict (below)")
+        figure.colorbar(shown, ax=axes, shrink=0.8)
+    return "\n\n".join(
+        [table(["experts of", *columns.values()], lines), _save(figure, results / "pairs.png")]
+    )
+
+
+BLOCKS: Mapping[str, tuple[str, str, Callable[[list[Row], Path], str]]] = {
+    "rates": ("rates", "Learning rates, on dev", rates),
+    "experts": ("experts", "Experts", experts),
+    "costs": ("fisher", "What curvature costs", costs),
+    "selection": ("select", "Selection", selection),
+    "merging": ("merges", "Merging", merging),
+    "ablations": ("ablations", "Ablations", partial(merging, name="ablations")),
+    "correlations": ("correlations", "Agreement with the exact Fisher", correlations),
+    "pairs": ("pairs", "Overlap, conflict, barriers", pairs),
+}
+"""By name: the CSV file, the heading, and what is made of it."""

@@ -1,0 +1,126 @@
+"""The table of methods, the grids and the stages that use them, in small."""
+
+import csv
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from glue_study import merges, stages
+from glue_study.merges import ABLATIONS, METHODS, Published
+
+from optax_moma import merging
+from optax_moma.merging import merge
+
+
+def models(seed, k=3):
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    trees = [{"w": draw(6, 8), "b": draw(8)} for _ in range(k + 1)]
+    squared = lambda: jax.tree.map(lambda x: x**2 * 1e-3, {"w": draw(6, 8), "b": draw(8)})
+    return trees[0], trees[1:], [squared() for _ in range(k)]
+
+
+def test_the_published_merge_taken_apart_is_the_published_merge():
+    base, experts, curvature = models(0)
+    for density in (0.2, 0.7, 1.0):
+        want = merge(merging.umtam(density), experts, base=base, curvature=curvature)
+        step = merging.chain(Published(density))
+        got = merge(step, experts, base=base, curvature=curvature)
+        np.testing.assert_allclose(got["w"], want["w"], rtol=1e-6)
+        np.testing.assert_array_equal(got["b"], base["b"])
+
+
+def test_each_ablation_changes_the_merge():
+    base, experts, curvature = models(1)
+    found = {}
+    for name, method in ABLATIONS.items():
+        own = curvature
+        if method.curvature == "factored":
+            own = [merges.factored(v) for v in curvature]
+        found[name] = merge(method.make(density=0.5), experts, base=base, curvature=own)["w"]
+    for name in ABLATIONS:
+        whole = "moma" if name.startswith("moma") else "UMTAM"
+        if name != whole and name != "UMTAM, no floors":
+            assert not np.allclose(found[name], found[whole]), name
+    # Floors matter where curvature is as small as that of real gradients.
+    tiny = [jax.tree.map(lambda x: x * 1e-9, v) for v in curvature]
+    whole, without = (
+        merge(ABLATIONS[name].make(density=0.5), experts, base=base, curvature=tiny)["w"]
+        for name in ("UMTAM", "UMTAM, no floors")
+    )
+    assert not np.allclose(whole, without)
+    np.testing.assert_allclose(without, found["UMTAM, no floors"], rtol=1e-4)
+
+
+def test_the_climb_stops_where_it_has_clearly_gone_down():
+    seen = dict(merges.climb(lambda s: -abs(s - 2.0), (0.1, 0.5, 1.0, 2.0, 3.0, 4.0)))
+    assert seen == {1.0: -1.0, 2.0: 0.0, 3.0: -1.0, 0.5: -1.5}
+    flat = dict(merges.climb(lambda s: 0.5, merges.SCALES))
+    assert list(flat) != list(merges.SCALES) and sorted(flat) == sorted(merges.SCALES)
+
+
+def test_grids_are_the_same_for_all():
+    assert METHODS["TIES"].settings() == [
+        {"density": density, "scale": 1.0} for density in merges.DENSITIES
+    ]
+    assert METHODS["UMTAM"].settings() == [{"density": d} for d in merges.DENSITIES]
+    assert METHODS["average"].settings() == [{}]
+    assert METHODS["TSV-M"].settings() == [{"scale": 1.0}]
+
+
+@pytest.fixture
+def quick(small, monkeypatch):
+    """Two experts, few methods and points."""
+    monkeypatch.setattr(merges, "SCALES", (0.5, 1.0))
+    monkeypatch.setattr(merges, "DENSITIES", (0.2, 1.0))
+    monkeypatch.setattr(stages, "RATE_TASKS", ("cola",))
+    monkeypatch.setattr(stages.saliency, "DENSITIES", (0.2, 0.9))
+    monkeypatch.setattr(
+        stages, "fisher_of", lambda study, recipe: jax.tree.map(jnp.ones_like, study.base)
+    )
+    stages.learning_rates(small, "moma")
+    return small
+
+
+def lines(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_merge_is_tuned_on_one_half_of_dev_and_shown_on_the_other(quick, tmp_path):
+    study = quick._replace(results=tmp_path)
+    (tmp_path / "rates.csv").write_text((quick.results / "rates.csv").read_text())
+    methods = {name: METHODS[name] for name in ("average", "DARE")}
+    sets = [("cola", "sts")]
+    stages.merge(study, "moma", 0, methods, sets, "held", "merges")
+    rows = lines(tmp_path / "merges.csv")
+    assert [(r["method"], r["tuned"], r["task"]) for r in rows] == [
+        (name, tuned, task)
+        for name, tuned in [
+            ("base", "False"),
+            ("experts", "False"),
+            *((name, tuned) for name in methods for tuned in ("False", "True")),
+        ]
+        for task in ("cola", "sts")
+    ]
+    for row in rows:
+        if row["method"] == "experts":
+            assert float(row["share"]) == 1
+    tuning = lines(tmp_path / "merges_tuning.csv")
+    for name in methods:
+        own = [r for r in tuning if r["method"] == name]
+        assert len(own) == len(methods[name].settings()) * 2
+        best = max(own, key=lambda r: float(r["score"]))
+        chosen = [r for r in rows if r["method"] == name and r["tuned"] == "True"]
+        assert {(r["setting"], r["scale"]) for r in chosen} == {(best["setting"], best["scale"])}
+    halves = stages.halves(study).tasks["cola"].splits
+    tune, held = (set(map(bytes, halves[part].tokens)) for part in ("tune", "held"))
+    assert len(tune) == len(held) == 16 and not tune & held
+    # Again, and again on test: nothing is tuned anew.
+    before = (tmp_path / "merges_tuning.csv").read_text()
+    stages.merge(study, "moma", 0, methods, sets, "held", "merges")
+    assert lines(tmp_path / "merges.csv") == rows
+    stages.merge(study, "moma", 0, methods, sets, "test", "merges")
+    assert (tmp_path / "merges_tuning.csv").read_text() == before
+    assert len(lines(tmp_path / "merges.csv")) == 2 * len(rows)
