@@ -1,0 +1,177 @@
+"""Batches: whole texts, no padding, the same from any position and in any number of processes."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from tokenizers import Tokenizer
+
+from experiments.pretrain import data
+
+LENGTH, ROWS, LANES = 32, 8, 4
+
+
+@pytest.fixture(scope="module")
+def parquet(corpus, tmp_path_factory):
+    """The same documents as two parquet files, which are read as a stream."""
+    arrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    path = tmp_path_factory.mktemp("parquet")
+    for file in sorted(corpus.glob("*.txt")):
+        documents = file.read_text().split("\n\x1e\n")
+        pyarrow.parquet.write_table(arrow.table({"text": documents}), path / f"{file.stem}.parquet")
+    return path
+
+
+@pytest.fixture(scope="module")
+def places(corpus, parquet):
+    return {"folder": str(corpus), "parquet": str(parquet / "*.parquet")}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(corpus, tmp_path_factory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("tokenizer") / "bpe.json"
+    return data.find_tokenizer(data.open_corpus(str(corpus), LENGTH), 300, path)
+
+
+@pytest.fixture(scope="module")
+def sharding() -> NamedSharding:
+    return NamedSharding(jax.make_mesh((4, 2), ("data", "tensor")), P("data"))
+
+
+@pytest.fixture
+def start(places, tokenizer, sharding):
+    """Opens the batches of a corpus, and closes them after the test."""
+    opened = []
+
+    def open_batches(kind: str, seed: int = 0) -> data.Batches:
+        corpus = data.open_corpus(places[kind], LENGTH)
+        opened.append(data.Batches(corpus, tokenizer, sharding, ROWS, LENGTH, LANES, seed))
+        return opened[-1]
+
+    yield open_batches
+    for batches in opened:
+        batches.close()
+
+
+def texts_of(rows: np.ndarray, tokenizer: Tokenizer) -> list[str]:
+    """The texts that begin and end within a lane's stream of tokens."""
+    tokens = rows.reshape(-1)
+    ends = np.flatnonzero(tokens == tokenizer.token_to_id(data.END))
+    return [tokenizer.decode(tokens[a + 1 : b].tolist()) for a, b in itertools.pairwise(ends)]
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet"])
+def test_a_lane_is_whole_texts_of_the_training_part(kind, start, places, tokenizer):
+    batches = start(kind)
+    taken = np.stack([np.asarray(next(batches)) for _ in range(40)])
+    assert taken.shape == (40, ROWS, LENGTH + 1)
+    corpus = data.open_corpus(places[kind], LENGTH)
+    allowed, seen = set(corpus.sample()), []
+    for lane in range(LANES):
+        share = slice(lane * ROWS // LANES, (lane + 1) * ROWS // LANES)
+        found = texts_of(taken[:, share], tokenizer)
+        assert len(found) > 2
+        assert set(found) <= allowed
+        seen.append(set(found))
+    # Lanes part the documents among themselves.
+    assert not any(seen[i] & seen[j] for i in range(LANES) for j in range(i))
+    held_out = {text for documents in corpus.held_out.values() for text in documents}
+    assert held_out
+    assert not any(text in document for text in allowed for document in held_out)
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet"])
+@pytest.mark.parametrize("step", [1, 7, 23])
+def test_goes_on_from_any_position(kind, step, start):
+    batches = start(kind)
+    for _ in range(step):
+        next(batches)
+    position = batches.position()
+    expected = [np.asarray(next(batches)) for _ in range(10)]
+    again = start(kind)
+    next(again)  # wherever it was
+    again.go_to(position)
+    for batch in expected:
+        np.testing.assert_array_equal(next(again), batch)
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet"])
+def test_does_not_end(kind, start):
+    batches = start(kind)
+    for _ in range(400):  # some epochs
+        batch = next(batches)
+    assert batch.shape == (ROWS, LENGTH + 1)
+
+
+def test_the_seed_decides_the_order(start):
+    first, same, other = (np.asarray(next(start("folder", seed))) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, same)
+    assert np.any(first != other)
+
+
+def test_a_process_opens_only_the_lanes_of_its_rows(places, tokenizer, sharding):
+    """Lanes make the same rows whoever holds them: what several processes rely on."""
+    corpus = data.open_corpus(places["folder"], LENGTH)
+    whole = data.Batches(corpus, tokenizer, sharding, ROWS, LENGTH, LANES, 0)
+    few = NamedSharding(jax.make_mesh((4,), ("data",)), P("data"))
+    part = data.Batches(corpus, tokenizer, few, ROWS, LENGTH, LANES, 0)
+    for lane in (0, 3):
+        part._lanes.pop(lane).close()
+    expected, found = np.asarray(next(whole)), np.asarray(next(part))
+    np.testing.assert_array_equal(found[2:6], expected[2:6])
+    assert not found[:2].any() and not found[6:].any()
+    whole.close()
+    part.close()
+
+
+def test_validation_is_of_every_source_and_whole_documents(corpus, tokenizer):
+    opened = data.open_corpus(str(corpus), LENGTH)
+    found = data.validation(opened, tokenizer, LENGTH, sequences=3)
+    assert list(found) == ["essays", "letters"]
+    for source, rows in found.items():
+        document = opened.held_out[source][0]
+        tokens = rows.reshape(-1)
+        assert tokens[0] == tokenizer.token_to_id(data.END)
+        text = tokenizer.decode(tokens[1:].tolist())
+        assert document.startswith(text) or text.startswith(document)
+        assert rows.shape[1] == LENGTH + 1 and 1 <= len(rows) <= 3
+
+
+def test_copies_of_a_document_stay_together(tmp_path):
+    rng = np.random.default_rng(0)
+    documents = ["".join(rng.choice(list("abc "), 50)) for _ in range(100)] * 2
+    (tmp_path / "twice.txt").write_text("\n\x1e\n".join(documents))
+    opened = data.open_corpus(str(tmp_path), LENGTH)
+    held_out = opened.held_out["twice"]
+    assert len(held_out) == 2 and held_out[0] == held_out[1]
+    assert held_out[0] not in set(opened.sample())
+
+
+def test_pieces_join_to_the_document():
+    text = "\n".join("x" * n for n in (3, 30, 7, 7, 200, 1))
+    parts = list(data.pieces(text, 40))
+    assert "".join(parts) == text
+    assert max(map(len, parts)) <= 40
+    assert parts[0] == "x" * 3 + "\n" + "x" * 30 + "\n"
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [("nowhere", "no folder"), ("none/*.parquet", "No parquet file"), ("", "OPTAX_MOMA_DATA")],
+)
+def test_says_what_is_missing(where, said, monkeypatch):
+    monkeypatch.delenv("OPTAX_MOMA_DATA", raising=False)
+    with pytest.raises(ValueError, match=said):
+        data.open_corpus(where, LENGTH)
+
+
+def test_says_that_a_tokenizer_is_too_large(corpus, tokenizer, tmp_path):
+    path = tmp_path / "bpe.json"
+    tokenizer.save(str(path))
+    with pytest.raises(ValueError, match="300 tokens, the model 280"):
+        data.find_tokenizer(data.open_corpus(str(corpus), LENGTH), 280, path)

@@ -1,0 +1,103 @@
+"""Every optimizer of the study: the same chain around each, and specs that say what they mean."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_moma as om
+from experiments.pretrain import model, optimizers
+
+SPECS = [
+    "adamw:b2=0.95",
+    "adafactor",
+    "adafactor:b1=0.9",
+    "muon",
+    "galore:rank=4",
+    "umtam:rank=4",
+    "moma:rank=4",
+    "moma:rank=4,residual=0.0,error_dtype=int8",
+]
+PARAMS = {
+    "up": {"kernel": jax.random.normal(jax.random.key(0), (128, 256)), "bias": jnp.ones(256)},
+    "tokens": {"embedding": jax.random.normal(jax.random.key(1), (256, 128))},
+}
+GRADS = jax.tree.map(lambda x: jnp.cos(5 * x) + 0.1, PARAMS)
+
+
+def one_update(tx):
+    state = tx.init(PARAMS)
+    for _ in range(2):
+        updates, state = tx.update(GRADS, state, PARAMS)
+    return updates
+
+
+def test_adamw_is_optax_adamw():
+    decayed = {"up": {"kernel": True, "bias": False}, "tokens": {"embedding": True}}
+    reference = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(0.01, b2=0.95, weight_decay=0.1, mask=decayed)
+    )
+    found, expected = one_update(optimizers.make("adamw:b2=0.95", 0.01)), one_update(reference)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), found, expected)
+
+
+def test_moma_is_moma():
+    reference = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        om.moma(
+            0.01,
+            rank=4,
+            weight_decay=0.1,
+            mask=lambda p: jax.tree.map(lambda x: x.ndim == 2, p),
+        ),
+    )
+    found, expected = one_update(optimizers.make("moma:rank=4", 0.01)), one_update(reference)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), found, expected)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_descends_at_the_learning_rate(spec):
+    """Twice the rate, twice the step; bounded, and against the gradient."""
+    updates, twice = (one_update(optimizers.make(spec, rate)) for rate in (1e-3, 2e-3))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(2 * x, y, rtol=1e-4), updates, twice)
+    kernel = updates["up"]["kernel"]
+    assert 1e-5 < float(jnp.sqrt(jnp.mean(kernel**2))) < 5e-3
+    assert float(jnp.vdot(kernel, GRADS["up"]["kernel"])) < 0
+
+
+def test_muon_leaves_embeddings_to_nadam():
+    muon, adam = (
+        one_update(optimizers.make(spec, 0.01)) for spec in ("muon", "adamw:nesterov=True")
+    )
+    np.testing.assert_allclose(
+        muon["tokens"]["embedding"], adam["tokens"]["embedding"], rtol=1e-5, atol=1e-9
+    )
+    singular = jnp.linalg.svd(muon["up"]["kernel"] + 0.001 * PARAMS["up"]["kernel"])[1]
+    assert float(singular.max() / singular.min()) < 3  # nearly orthogonal, but for the decay
+
+
+def test_muon_takes_scanned_layers_as_matrices():
+    shapes = jax.eval_shape(model.functional(model.Config(scan=True))[0], jax.random.key(0))
+    unrolled = jax.eval_shape(model.functional(model.Config())[0], jax.random.key(0))
+    sizes = [om.state_size(optimizers.make("muon", 1.0), x).total_bytes for x in (shapes, unrolled)]
+    assert sizes[0] == sizes[1]
+
+
+def test_schedule_rises_and_falls_to_a_tenth():
+    rate = optimizers.schedule(0.02, 200)
+    values = np.array([rate(i) for i in range(201)])
+    assert values[0] == 0 and values.argmax() == 20
+    np.testing.assert_allclose(values[[20, 200]], [0.02, 0.002], rtol=1e-6)
+    assert np.all(np.diff(values[20:]) <= 0)
+
+
+def test_parse():
+    assert optimizers.parse("moma:rank=8,error_dtype=int8,saliency=False") == (
+        "moma",
+        {"rank": 8, "error_dtype": "int8", "saliency": False},
+    )
+    with pytest.raises(ValueError, match="adamw, adafactor"):
+        optimizers.parse("sgd")
+    with pytest.raises(ValueError, match="not 'ranks'"):
+        optimizers.parse("moma:ranks=8")
