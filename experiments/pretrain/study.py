@@ -39,11 +39,11 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results.csv"
 RUNS = HERE / "runs"
 COLUMNS = (
-    "stage", "optimizer", "lr", "seed", "width", "layers", "length", "batch", "steps", "params",
-    "loss", "validation", "state_bytes", "adamw_bytes", "tokens_per_second", "seconds", "machine",
-    "jax", "code", "sources", "command",
+    "stage", "optimizer", "lr", "seed", "vocabulary", "width", "layers", "length", "batch",
+    "steps", "params", "loss", "validation", "state_bytes", "adamw_bytes", "tokens_per_second",
+    "seconds", "machine", "jax", "code", "sources", "command",
 )  # fmt: skip
-IDENTITY = ("optimizer", "lr", "seed", "width", "layers", "length", "batch", "steps")
+IDENTITY = ("optimizer", "lr", "seed", "vocabulary", "width", "layers", "length", "batch", "steps")
 """What makes two runs the same."""
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
@@ -67,7 +67,10 @@ PARTS = tuple(
         "b1=0.8", "b2=0.99", "b2=0.95",
     )
 )  # fmt: skip
-DECAYS = ("adamw:b2=0.99", "adamw:b2=0.95", "adamw:b1=0.95", "adamw:b1=0.8")
+PEERS = (
+    "adamw:b2=0.99", "adamw:b2=0.95", "adamw:b1=0.95", "adamw:b1=0.8",
+    "galore:rank=16,update_proj_gap=50",
+)  # fmt: skip
 
 
 class Stage(NamedTuple):
@@ -94,7 +97,7 @@ STAGES = (
     Stage("seeds", W128, FIRST, (0, 1, 2)),
     Stage("ranks", W128, RANKS, (0, 1, 2)),
     Stage("parts", W128, PARTS, (0,)),
-    Stage("decays", W128, DECAYS, (0,)),
+    Stage("peers' settings", W128, PEERS, (0,)),
     Stage("as published", W128, ("umtam:rank=8",), (0, 1, 2)),
     Stage("batch", dataclasses.replace(W128, batch=32), ("adamw", "moma:rank=16"), (0,)),
     Stage("tune", W256, FINALISTS, (0,)),

@@ -1,0 +1,238 @@
+"""Tables and figures of the study, from its results.csv alone.
+
+    python -m experiments.pretrain.report            # prints, writes report.md and *.png
+
+An optimizer stands with the learning rate that had the lowest validation loss with seed 0, and with
+the mean over all seeds at that rate. Sensitivity is the area under the curve of validation loss
+against log2 of the learning rate, over the common grid and above the curve's own minimum, divided
+by the grid's length: the loss that a rate picked at random costs. A run that diverged counts as one
+that knows nothing, log(vocabulary).
+"""
+
+import argparse
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from . import optimizers
+from .study import RATES, RESULTS, Row, best_rate, read
+
+matplotlib.use("Agg")  # figures go to files
+from matplotlib import pyplot as plt
+
+Size = tuple[int, int, int, int, int]
+SIZE = ("width", "layers", "length", "batch", "steps")
+HEADER = (
+    "optimizer", "state, % of AdamW's", "best lr", "seeds", "validation loss", "spread",
+    "against AdamW, %", "sensitivity",
+)  # fmt: skip
+
+
+class Tuned(NamedTuple):
+    """An optimizer at its best learning rate.
+
+    Attributes:
+      share: state's bytes over AdamW's.
+      rate: learning rate.
+      losses: validation losses at that rate, one per seed.
+      curve: by rate, the validation loss with the seed it was tuned with.
+      sensitivity: None while rates of the grid are missing.
+    """
+
+    share: float
+    rate: float
+    losses: list[float]
+    curve: dict[float, float]
+    sensitivity: float | None
+
+    @property
+    def mean(self) -> float:
+        """Mean over seeds."""
+        return float(np.mean(self.losses))
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation over seeds, nan for one."""
+        return float(np.std(self.losses, ddof=1)) if len(self.losses) > 1 else math.nan
+
+
+def size_of(row: Row) -> Size:
+    """What runs share that may be compared."""
+    width, layers, length, batch, steps = (int(row[name]) for name in SIZE)
+    return width, layers, length, batch, steps
+
+
+def sensitivity(curve: dict[float, float], vocabulary: int) -> float | None:
+    """Mean excess loss over the common grid of learning rates; None while some are missing."""
+    if any(rate not in curve for rate in RATES):
+        return None
+    capped = {
+        rate: min(loss, math.log(vocabulary)) if math.isfinite(loss) else math.log(vocabulary)
+        for rate, loss in curve.items()
+    }
+    x = np.log2(RATES)
+    excess = np.array([capped[rate] for rate in RATES]) - min(capped.values())
+    return float(np.trapezoid(excess, x) / (x[-1] - x[0]))
+
+
+def tuned(rows: Iterable[Row]) -> dict[Size, dict[str, Tuned]]:
+    """Every optimizer of every size at its best."""
+    groups: dict[Size, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        groups[size_of(row)][row["optimizer"]].append(row)
+    found: dict[Size, dict[str, Tuned]] = {}
+    for size, by_optimizer in sorted(groups.items()):
+        found[size] = {}
+        for optimizer, own in by_optimizer.items():
+            curve = {float(r["lr"]): float(r["validation"]) for r in own if r["seed"] == "0"}
+            if not curve:
+                continue
+            rate = best_rate(curve)
+            found[size][optimizer] = Tuned(
+                int(own[0]["state_bytes"]) / int(own[0]["adamw_bytes"]),
+                rate,
+                [float(r["validation"]) for r in own if float(r["lr"]) == rate],
+                dict(sorted(curve.items())),
+                sensitivity(curve, int(own[0]["vocabulary"])),
+            )
+    return found
+
+
+def lines(group: dict[str, Tuned]) -> list[tuple[str, ...]]:
+    """The rows of a size's table, lowest loss first."""
+    adamw = group["adamw"].mean if "adamw" in group else math.nan
+    number = lambda x, form: "" if x is None or math.isnan(x) else format(x, form)  # noqa: E731
+    return [
+        (
+            name,
+            f"{100 * t.share:.1f}",
+            f"{t.rate:g}",
+            str(len(t.losses)),
+            f"{t.mean:.4f}",
+            number(t.spread, ".4f"),
+            number(100 * (t.mean / adamw - 1), "+.2f"),
+            number(t.sensitivity, ".4f"),
+        )
+        for name, t in sorted(group.items(), key=lambda item: item[1].mean)
+    ]
+
+
+def title(size: Size) -> str:
+    """A size in words."""
+    width, layers, length, batch, steps = size
+    return f"width {width}, {layers} layers, {steps} steps of {batch} x {length} tokens"
+
+
+def markdown(groups: dict[Size, dict[str, Tuned]], rows: list[Row]) -> str:
+    """All tables as Markdown, with where and in what time they were made."""
+    parts = ["# Pretraining: what an optimizer's state buys", ""]
+    for size, group in groups.items():
+        parts += [f"## {title(size)[0].upper()}{title(size)[1:]}", ""]
+        parts += ["| " + " | ".join(HEADER) + " |", "|" + " --- |" * len(HEADER)]
+        parts += ["| " + " | ".join(line) + " |" for line in lines(group)]
+        own = [row for row in rows if size_of(row) == size]
+        hours = sum(float(row["seconds"]) for row in own) / 3600
+        machines = ", ".join(sorted({row["machine"] for row in own}))
+        digests = sorted({row["code"] for row in own})
+        parts += ["", f"{len(own)} runs, {hours:.2f} hours in all, on {machines}."]
+        parts += [f"Code of the optimizers: {', '.join(digests)}.", ""]
+        parts += [f"![{kind}]({stem(size)}_{kind}.png)" for kind in ("state", "rank", "rates")]
+        parts += [""]
+    return "\n".join(parts)
+
+
+def stem(size: Size) -> str:
+    """The beginning of the names of a size's figures."""
+    return f"width{size[0]}_batch{size[3]}"
+
+
+def family(optimizer: str) -> str:
+    """An optimizer without its rank: points of one family are joined."""
+    name, arguments = optimizers.parse(optimizer)
+    rest = ",".join(f"{k}={v}" for k, v in arguments.items() if k != "rank")
+    return f"{name}:{rest}" if rest else name
+
+
+def families(group: dict[str, Tuned]) -> dict[str, list[tuple[int, Tuned]]]:
+    """By family, (rank, result) in order of rank; 0 for those that have none."""
+    found: dict[str, list[tuple[int, Tuned]]] = defaultdict(list)
+    for name, result in group.items():
+        found[family(name)].append((optimizers.parse(name)[1].get("rank", 0), result))
+    return {name: sorted(pairs, key=lambda p: p[0]) for name, pairs in found.items()}
+
+
+def figures(size: Size, group: dict[str, Tuned], folder: Path) -> None:
+    """Loss against state, loss against rank, loss against learning rate."""
+    # Variants of one optimizer's parts stand in the table; the figures are of the main ones.
+    shown = (*optimizers.SCALINGS, "adafactor:b1=0.9")
+    main = {name: result for name, result in group.items() if family(name) in shown}
+
+    def draw(kind: str, x_label: str, ticks: list[float] | None = None) -> tuple:
+        fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+        ax.set(xscale="log", xlabel=x_label, ylabel="validation loss", title=title(size))
+        if ticks:
+            ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+            ax.minorticks_off()
+        return fig, ax, folder / f"{stem(size)}_{kind}.png"
+
+    def close(fig, ax, path: Path) -> None:
+        ax.legend(fontsize=8)
+        fig.savefig(path, dpi=120)
+        plt.close(fig)
+
+    fig, ax, path = draw("state", "state, % of AdamW's", [1, 3, 10, 30, 100])
+    for name, pairs in families(main).items():
+        x, y = [100 * t.share for _, t in pairs], [t.mean for _, t in pairs]
+        error = [0 if math.isnan(t.spread) else t.spread for _, t in pairs]
+        ax.errorbar(x, y, error, marker="o", capsize=3, label=name)
+    close(fig, ax, path)
+
+    ranks = sorted({r for pairs in families(main).values() for r, _ in pairs if r})
+    fig, ax, path = draw("rank", "rank", [float(r) for r in ranks])
+    for name, pairs in families(main).items():
+        if pairs[0][0]:
+            error = [0 if math.isnan(t.spread) else t.spread for _, t in pairs]
+            x, y = [r for r, _ in pairs], [t.mean for _, t in pairs]
+            ax.errorbar(x, y, error, marker="o", capsize=3, label=name)
+    if "adamw" in group:
+        ax.axhline(group["adamw"].mean, color="black", linestyle=":", label="adamw")
+    close(fig, ax, path)
+
+    fig, ax, path = draw("rates", "learning rate", list(RATES))
+    for name, t in main.items():
+        finite = {rate: loss for rate, loss in t.curve.items() if math.isfinite(loss)}
+        ax.plot(list(finite), list(finite.values()), marker="o", label=name)
+    close(fig, ax, path)
+
+
+def main() -> None:
+    """Prints the tables; writes them and the figures."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=None, help="by default beside the results")
+    args = parser.parse_args()
+    rows, folder = read(args.results), args.output or args.results.parent
+    if not rows:
+        raise SystemExit(f"{args.results} has no results yet: run experiments.pretrain.study.")
+    folder.mkdir(parents=True, exist_ok=True)
+    groups = tuned(rows)
+    for size, group in groups.items():
+        table = Table(*HEADER, title=title(size))
+        for line in lines(group):
+            table.add_row(*line)
+        Console().print(table)
+        figures(size, group, folder)
+    (folder / "report.md").write_text(markdown(groups, rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""The study: what it plans, that it never repeats a run, and what its report says."""
+
+import dataclasses
+import fcntl
+import math
+import sys
+
+import numpy as np
+import pytest
+
+from experiments.pretrain import report, study, train
+
+BASE = train.Config(vocabulary=1024, width=128, layers=4, length=256, batch=8)
+STAGES = (
+    study.Stage("tune", BASE, ("adamw", "moma:rank=8"), (0,)),
+    study.Stage("seeds", BASE, ("adamw", "moma:rank=8"), (0, 1, 2)),
+)
+BEST = {"adamw": 2e-3, "moma:rank=8": 1.6e-2, "muon": 4e-3}
+
+
+def pretend(config):
+    """A run's result in no time: a parabola in log2 of the rate; seeds differ by a hundredth."""
+    away = math.log2(config.lr / BEST[config.optimizer])
+    loss = 4 + 0.1 * away**2 + 0.01 * config.seed - 0.5 * (config.optimizer != "adamw")
+    diverged = config.lr > 6e-3 and config.optimizer == "adamw"
+    return dataclasses.asdict(config) | {
+        "loss": loss, "validation": math.nan if diverged else loss, "params": 10**6,
+        "state_bytes": 8 * 10**6 if config.optimizer == "adamw" else 8 * 10**5,
+        "adamw_bytes": 8 * 10**6, "tokens_per_second": 1000, "seconds": 36.0, "machine": "none",
+        "jax": "0", "sources": {"a": loss, "all": loss},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A finished study of two pretended optimizers, and the runs it took."""
+    asked = []
+
+    def runner(config):
+        asked.append(config)
+        return pretend(config)
+
+    assert study.work(STAGES, tmp_path / "results.csv", tmp_path / "runs", runner)
+    return tmp_path / "results.csv", asked
+
+
+def test_tunes_past_the_grid_then_takes_seeds(results):
+    _, asked = results
+    rates = {
+        name: sorted(c.lr for c in asked if c.optimizer == name and c.seed == 0) for name in BEST
+    }
+    assert rates["adamw"] == list(study.RATES)  # its best is inside, and one diverged
+    assert rates["moma:rank=8"] == [*study.RATES, 1.6e-2, 3.2e-2]
+    further = [(c.optimizer, c.lr, c.seed) for c in asked if c.seed]
+    assert further == [(n, BEST[n], s) for n in ("adamw", "moma:rank=8") for s in (1, 2)]
+    assert len(set(map(study.identity, asked))) == len(asked)
+
+
+def test_does_not_follow_a_rate_for_ever():
+    found = {rate: -rate for rate in study.RATES}
+    while further := study.next_rates(found):
+        found |= {rate: -rate for rate in further}
+    assert max(found) == study.RATES[-1] * study.REACH
+
+
+def test_a_finished_run_is_never_repeated(results, tmp_path):
+    path, asked = results
+    text, count = path.read_text(), len(asked)
+    assert study.work(STAGES, path, tmp_path / "runs", pytest.fail)
+    assert path.read_text() == text
+    # A new optimizer is all that is left to do.
+    more = (*STAGES, study.Stage("more", BASE, ("muon",), (0,)))
+    assert study.work(more, path, tmp_path / "runs", pretend)
+    assert len(study.read(path)) == count + 4
+
+
+def test_stops_when_a_run_is_stopped(tmp_path):
+    assert not study.work(STAGES, tmp_path / "results.csv", tmp_path / "runs", lambda _: None)
+    assert study.read(tmp_path / "results.csv") == []
+
+
+def test_two_studies_do_not_run_at_a_time(tmp_path):
+    with (tmp_path / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit, match="already running"):
+            study.work(STAGES, tmp_path / "results.csv", tmp_path, pretend)
+
+
+def test_every_planned_optimizer_can_be_made():
+    from experiments.pretrain import optimizers
+
+    for job in study.plan(study.STAGES, []):
+        optimizers.make(job.config.optimizer, job.config.lr)
+
+
+def test_code_changes_with_code_and_not_with_comments(tmp_path, monkeypatch):
+    file = tmp_path / "_moma.py"
+    monkeypatch.setattr(study.om, "__file__", str(tmp_path / "__init__.py"))
+    digests = []
+    for text in ('"""A."""\nx = 1\n', '"""B."""\nx = 1  # one\n', '"""A."""\nx = 2\n'):
+        file.write_text(text)
+        digests.append(study.code("moma:rank=8"))
+    assert digests[0] == digests[1] != digests[2]
+    assert study.code("muon").startswith("optax ")
+
+
+def test_report(results, tmp_path, monkeypatch, capsys):
+    path, _ = results
+    monkeypatch.setattr(sys, "argv", ["report", "--results", str(path)])
+    report.main()
+    assert "width 128, 4 layers, 400 steps of 8 x 256 tokens" in capsys.readouterr().out
+    text = (tmp_path / "report.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    table = {row[0]: row[1:] for row in rows if len(row) == len(report.HEADER)}
+    # Mean of 4, 4.01 and 4.02, less a half for moma; standard deviation 0.01.
+    assert table["adamw"][:6] == ["100.0", "0.002", "3", "4.0100", "0.0100", "+0.00"]
+    assert table["moma:rank=8"][:5] == ["10.0", "0.016", "3", "3.5100", "0.0100"]
+    assert float(table["moma:rank=8"][5]) == pytest.approx(-100 * 0.5 / 4.01, abs=0.01)
+    # Excess over the grid 1, 2, 4, 8e-3: .1, 0, .1 and, diverged, log(1024) - 4.
+    area = 0.05 + 0.05 + (0.1 + math.log(1024) - 4) / 2
+    assert float(table["adamw"][6]) == pytest.approx(area / 3, abs=1e-4)
+    # moma's lowest lies past the grid: 1.6, 0.9, 0.4, 0.1.
+    assert float(table["moma:rank=8"][6]) == pytest.approx((0.8 + 0.9 + 0.4 + 0.05) / 3, abs=1e-4)
+    assert {p.name for p in tmp_path.glob("*.png")} == {
+        f"width128_batch8_{kind}.png" for kind in ("state", "rank", "rates")
+    }
+
+
+def test_a_real_run_enters_the_study(new_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "RATES", (5e-3,))
+    monkeypatch.setattr(study, "REACH", 1)
+    base = dataclasses.replace(new_run("unused"), steps=8)
+    stages = (study.Stage("small", base, (base.optimizer,), (0,)),)
+    path = tmp_path / "results.csv"
+    assert study.work(stages, path, tmp_path / "runs", train.run)
+    (row,) = study.read(path)
+    assert np.isfinite(float(row["validation"]))
+    assert row["vocabulary"] == "320" and int(row["state_bytes"]) < int(row["adamw_bytes"])
+    assert [source.split("=")[0] for source in row["sources"].split()] == ["essays", "letters"]
+    study.show(stages, path, every=True)
+    assert "1/1 done" in capsys.readouterr().out
