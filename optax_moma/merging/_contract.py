@@ -13,8 +13,8 @@ class Contract(NamedTuple):
     Attributes:
       base: Whether a base is required.
       curvature: Whether every expert needs a curvature.
-      gram: The axes (see ``tsv_m``) of matrices whose curvature is the Gram (fan-in, fan-in) of
-        their inputs, and all leaves may go without; empty if it is an estimate for each entry.
+      gram: Whether the curvature of a matrix is the Gram (fan-in, fan-in) of its inputs, instead of
+        an estimate for each entry; leaves may then go without.
       key: Whether a random key is required.
       nonnegative_weights: Whether weights below zero make no sense.
       min_experts: The fewest experts it can merge.
@@ -25,7 +25,7 @@ class Contract(NamedTuple):
 
     base: bool = False
     curvature: bool = False
-    gram: str = ""
+    gram: bool = False
     key: bool = False
     nonnegative_weights: bool = False
     min_experts: int = 1

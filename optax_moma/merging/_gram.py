@@ -27,7 +27,7 @@ class RegMean:
     ratio: Number
     ridge: Number
 
-    contract = Contract(curvature=True, gram="mn", nonnegative_weights=True, combines=True)
+    contract = Contract(curvature=True, gram=True, nonnegative_weights=True, combines=True)
 
     def __call__(self, leaf: TaskVectors) -> TaskVectors:
         """Combines the experts' matrices."""
@@ -42,15 +42,17 @@ class RegMean:
         return combined(leaf, _ridge_solution(a, b, _steps.weighted_mean(leaf), self.ridge))
 
 
-def regmean(ratio: Number = 0.95, ridge: Number = 1e-6, *, axes: str = "mn") -> Chain:
+def regmean(ratio: Number = 0.95, ridge: Number = 1e-6) -> Chain:
     """Finds the matrix whose outputs are nearest to each expert's on its own inputs.
 
     With G_t = Z_t^T Z_t, Z_t (examples, fan-in) the inputs of the layer in expert t, off-diagonal
     entries times ``ratio``, A = sum_t w_t G_t and c = ridge * trace(A) / fan-in:
     merged = [base +] (A + c I)^-1 (sum_t w_t G_t x_t + c mean_t x_t).
 
-    Needs, as ``curvature``, a tree per expert with the Gram (fan-in, fan-in) of every kernel, and
-    None at leaves without one: those, and leaves that are no matrices, are averaged. The base is
+    Needs, as ``curvature``, a tree per expert with the Gram (fan-in, fan-in) of every kernel, as
+    ``input_grams`` collects them, and None at leaves without one: those are averaged. Kernels of
+    more than two axes have their fan-in first, and stacks of matrices (*stack, fan-in, fan-out)
+    have stacks of Grams (*stack, fan-in, fan-in). The base is
     optional and changes nothing but rounding; takes any number of experts, with weights that are
     not negative. The Grams are compared as they are: divide each by its number of examples.
 
@@ -58,14 +60,12 @@ def regmean(ratio: Number = 0.95, ridge: Number = 1e-6, *, axes: str = "mn") -> 
       ratio: Factor of the off-diagonal entries, from 0 to 1.
       ridge: How much the solution is drawn to the mean, at least 0, relative to the mean
         eigenvalue of A; it decides where no expert has inputs. 0 is the published formula.
-      axes: Which leaves are matrices, as in ``tsv_m``; a stack of matrices
-        (b, m, n) has Grams (b, m, m), with all fan-in axes in one.
 
     Returns:
       A method for ``merge``.
 
     Raises:
-      ValueError: if a number is out of range, or ``axes`` name no matrices.
+      ValueError: if a number is out of range.
 
     Example:
       >>> from optax_moma.merging import merge, regmean
@@ -79,7 +79,7 @@ def regmean(ratio: Number = 0.95, ridge: Number = 1e-6, *, axes: str = "mn") -> 
     """
     check_number("ratio", ratio, 0, 1)
     check_number("ridge", ridge, 0)
-    return chain(EachMatrix(RegMean(ratio, ridge), check_axes(axes)))
+    return chain(EachMatrix(RegMean(ratio, ridge)))
 
 
 @jax.tree_util.register_dataclass

@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from optax_moma._moments import Factored
 from optax_moma.merging._contract import Contract
-from optax_moma.merging._matrices import layout_of
+from optax_moma.merging._matrices import gram_layout
 
 Path = tuple[str, ...]
 Leaves = dict[Path, Any]
@@ -107,15 +107,17 @@ def checked_inputs(
         curvatures = list(zip(labels, found, strict=True))
     for label, found in curvatures:
         if contract.gram:
-            problems += _gram_mismatches(contract.gram, label, found, wanted)
+            problems += _gram_mismatches(label, found, wanted)
         else:
             problems += _curvature_mismatches(label, found, wanted)
+    if contract.gram:
+        problems += _unequal_grams([found for _, found in curvatures])
     if not contract.curvature:
         # A method that does not look at the curvature must not fail for what is in it.
         curvatures = []
 
     say = checked_weights(contract, weights, experts, names, problems)
-    problems += _faulty_values(models, curvatures, wanted, gram=bool(contract.gram))
+    problems += _faulty_values(models, curvatures, wanted, gram=contract.gram)
     if problems:
         raise MergeError("Cannot merge,", problems)
     return Checked(
@@ -283,7 +285,7 @@ def _curvature_mismatches(label: str, found: Leaves, wanted: Leaves) -> list[str
     return problems
 
 
-def _gram_mismatches(axes: str, label: str, found: Leaves, wanted: Leaves) -> list[str]:
+def _gram_mismatches(label: str, found: Leaves, wanted: Leaves) -> list[str]:
     problems = []
     for path, gram in found.items():
         where = f"{label}, {path_text(path)}"
@@ -293,18 +295,31 @@ def _gram_mismatches(axes: str, label: str, found: Leaves, wanted: Leaves) -> li
             problems += _missing_and_extra(label, {path: gram}, {}, "the model")
             continue
         shape = np.shape(wanted[path])
-        layout = layout_of(axes, shape)
-        if layout is None:
+        if len(shape) < 2:
             problems.append(f"{where}: a Gram for a leaf that is no matrix; make it None")
-            continue
-        *stack, fan_in, _ = layout.matrix_shape
-        expected = (*stack, fan_in, fan_in)
-        if isinstance(gram, Factored) or _kind(gram) != "float":
+        elif isinstance(gram, Factored) or _kind(gram) != "float":
             problems.append(f"{where}: not a floating-point array; pass x.T @ x of the inputs x")
-        elif np.shape(gram) != expected:
+        elif gram_layout(np.shape(gram), shape) is None:
+            fitting = f"({shape[0]}, {shape[0]})"
+            if len(shape) > 2:
+                fitting += ", or of its first axes as one, or of each matrix of a stack"
             problems.append(
                 f"{where}: shape {np.shape(gram)}, but a kernel of shape {shape} has inputs with "
-                f"a Gram of shape {expected}; pass x.T @ x of the inputs x"
+                f"a Gram of shape {fitting}; pass x.T @ x of the inputs x"
+            )
+    return problems
+
+
+def _unequal_grams(curvatures: list[Leaves]) -> list[str]:
+    problems = []
+    for path in dict.fromkeys(path for found in curvatures for path in found):
+        grams = [found.get(path) for found in curvatures]
+        arrays = [g for g in grams if g is not None and not isinstance(g, Factored)]
+        shapes = dict.fromkeys(str(np.shape(g)) for g in arrays)
+        if len(shapes) > 1:
+            problems.append(
+                f"the curvature, {path_text(path)}: Grams of shapes {', '.join(shapes)}; give all "
+                "experts' of one shape"
             )
     return problems
 

@@ -1,5 +1,6 @@
 """Methods for one matrix, applied to every matrix of a leaf: kernels, stacks of layers, heads."""
 
+import math
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_moma._matrix import Layout
+from optax_moma._moments import Factored
 from optax_moma.merging._contract import Contract, Step
 from optax_moma.merging._leaf import TaskVectors, combined
 from optax_moma.merging._steps import weighted_mean
@@ -18,23 +20,26 @@ from optax_moma.merging._steps import weighted_mean
 class EachMatrix:
     """Lets a step that combines matrices (m, n) merge each matrix of a leaf, one after the other.
 
-    Leaves that are no matrices are averaged: ``axes`` says which are, see ``tsv_m``.
+    Leaves that are no matrices are averaged. Which are, ``axes`` says, see ``tsv_m``; without axes
+    the Grams of a leaf.
     """
 
     step: Step
-    axes: str = field(metadata={"static": True})
+    axes: str | None = field(default=None, metadata={"static": True})
 
     @property
     def contract(self) -> Contract:
-        """What the step asks for; a Gram belongs to the matrices that ``axes`` names."""
-        contract = self.step.contract
-        return contract._replace(gram=self.axes) if contract.gram else contract
+        """What the step asks for."""
+        return self.step.contract
 
     def __call__(self, leaf: TaskVectors) -> TaskVectors:
         """Combines the experts."""
-        shape = leaf.delta.shape[1:]
-        layout = layout_of(self.axes, shape)
-        if layout is None or (self.contract.curvature and leaf.curvature is None):
+        shape, layout = leaf.delta.shape[1:], None
+        if self.axes is not None:
+            layout = layout_of(self.axes, shape)
+        elif leaf.curvature is not None and not isinstance(leaf.curvature[0], Factored):
+            layout = gram_layout(leaf.curvature[0].shape, shape)
+        if layout is None:
             return combined(leaf, weighted_mean(leaf))
         stack = layout.matrix_shape[:-2]
         if not stack and shape == layout.matrix_shape:
@@ -84,6 +89,20 @@ def layout_of(axes: str, shape: tuple[int, ...]) -> Layout | None:
         return None
     named = (tuple(i for i, a in enumerate(letters) if a == letter) for letter in "bmn")
     return Layout(tuple(shape), *named)
+
+
+def gram_layout(gram: tuple[int, ...], shape: tuple[int, ...]) -> Layout | None:
+    """Returns how a leaf of this shape holds matrices whose inputs have Grams of this shape.
+
+    (*stack, m, m) belongs to a leaf (*stack, ..., ...) in which m is the product of the axes after
+    the stack, before those of the outputs.
+    """
+    axes, stack = tuple(range(len(shape))), len(gram) - 2
+    if stack < 0 or gram[-1] != gram[-2] or gram[:stack] != shape[:stack]:
+        return None
+    cuts = range(stack + 1, len(shape))
+    cut = next((i for i in cuts if math.prod(shape[stack:i]) == gram[-1]), None)
+    return None if cut is None else Layout(shape, axes[:stack], axes[stack:cut], axes[cut:])
 
 
 def check_axes(axes: Any) -> str:

@@ -72,6 +72,7 @@ def tsv_m(scale: Number = 1.0, *, axes: str = "mn") -> Chain:
         stack of matrices that are merged one by one. "mn" takes leaves of two axes; "bmn" the
         kernels of layers stacked for a scan; "mnn" and "mmn" attention kernels (fan-in, heads,
         size) and (heads, size, fan-out); "mmmn" convolutions; "mn bmn" those of two or three axes.
+        In a recipe's rule with ``stacked`` the axis of the layers is not counted.
 
     Returns:
       A method for ``merge``.

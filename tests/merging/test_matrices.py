@@ -8,8 +8,10 @@ import pytest
 from optax_moma.checkpoints import Recipe
 from optax_moma.checkpoints._recipe import build_method
 from optax_moma.merging import (
+    ace,
     average,
     chain,
+    doge,
     drop,
     iso_c,
     iso_cts,
@@ -88,26 +90,39 @@ def test_biases_of_stacked_layers_are_averaged():
 
 
 @pytest.mark.parametrize(
-    ("axes", "shape", "gram"),
-    [("bmn", (LAYERS, M, N), (LAYERS, M, M)), ("bmmn", (2, 3, 2, 4), (2, 6, 6))],
+    ("shape", "stack"),
+    [((LAYERS, M, N), 3), ((2, 3, 2, 4), 2), ((6, 2, 2), 0), ((3, 2, 4), 0), ((1, 2, 3, 4), 0)],
 )
-def test_grams_of_a_stack(axes, shape, gram):
+def test_grams_say_where_the_matrices_are(shape, stack):
     _, experts = problem(shape)
     rng = np.random.default_rng(1)
-    z = rng.normal(size=(K, gram[0], 20, M)).astype(np.float32)
+    z = rng.normal(size=(K, max(stack, 1), 20, M)).astype(np.float32)
     grams = [{"w": np.einsum("bxi,bxj->bij", x, x)} for x in z]
-    merged = merge(regmean(ridge=0.0, axes=axes), experts, curvature=grams)["w"]
-    for i in range(gram[0]):
+    given = grams if stack else [{"w": g["w"][0]} for g in grams]
+    merged = merge(regmean(ridge=0.0), experts, curvature=given)["w"]
+    assert merged.shape == shape
+    parts = [e["w"].reshape(max(stack, 1), M, -1).astype(np.float64) for e in experts]
+    for i, got in enumerate(merged.reshape(parts[0].shape)):
         a, b = 0.0, 0.0
-        for e, g in zip(experts, grams, strict=True):
+        for x, g in zip(parts, grams, strict=True):
             g = g["w"][i].astype(np.float64)
             g = 0.95 * g + 0.05 * np.diag(np.diag(g))
-            a, b = a + g, b + g @ e["w"][i].reshape(M, -1).astype(np.float64)
-        want = np.linalg.solve(a, b).reshape(shape[1:])
-        np.testing.assert_allclose(merged[i], want, rtol=2e-6, atol=2e-6 * np.abs(want).max())
-    text = rf"expert 1, w: shape \({M}, {M}\), but a kernel of shape .* of shape \({gram[0]}, 6, 6"
-    with pytest.raises(ValueError, match=text):
-        merge(regmean(axes=axes), experts, curvature=[grams[0], {"w": grams[1]["w"][0]}])
+            a, b = a + g, b + g @ x[i]
+        want = np.linalg.solve(a, b)
+        np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-6 * np.abs(want).max())
+
+
+def test_grams_of_another_kernel_are_named():
+    _, experts = problem((LAYERS, M, N))
+    right = {"w": np.stack([np.eye(M, dtype=np.float32)] * LAYERS)}
+    for wrong in (np.eye(M), np.stack([np.eye(M)] * 2), np.ones((LAYERS, M, N)), np.ones(3)):
+        text = r"expert 1, w: shape \(.*\), but a kernel of shape \(3, 6, 4\) has .*or of its first"
+        with pytest.raises(ValueError, match=text):
+            merge(regmean(), experts, curvature=[right, {"w": wrong.astype(np.float32)}])
+    # Each fits the kernel, but not the other.
+    other = {"w": np.eye(LAYERS * M, dtype=np.float32)}
+    with pytest.raises(ValueError, match=r"w: Grams of shapes \(3, 6, 6\), \(18, 18\); give all"):
+        merge(regmean(), experts, curvature=[right, other])
 
 
 def test_every_matrix_of_a_stack_draws_for_itself():
@@ -149,7 +164,7 @@ def test_a_stack_in_low_precision_under_jit_and_grad():
     ],
 )
 def test_wrong_axes_are_named(axes, error, text):
-    for method in (tsv_m, iso_c, iso_cts, regmean, wudi, wudi_adam):
+    for method in (tsv_m, iso_c, iso_cts, wudi, wudi_adam, ace, doge):
         with pytest.raises(error, match=text):
             method(axes=axes)
     with pytest.raises(error, match=text):
