@@ -25,6 +25,7 @@ MODULES_OF_EXTRAS = {
     "orbax": ["optax_moma/checkpoints"],
     "pydantic": ["optax_moma/checkpoints"],
     "flax": ["optax_moma/demo", "optax_moma/moe.py"],
+    "bayes_opt": ["optax_moma/merging/_search.py"],
     "typer": ["optax_moma/cli.py"],
     "matplotlib": ["optax_moma/diagnostics/_figures.py"],
 }

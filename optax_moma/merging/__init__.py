@@ -45,6 +45,10 @@ from optax_moma.merging._masks import pcb as pcb
 from optax_moma.merging._masks import sce as sce
 from optax_moma.merging._masks import select as select
 from optax_moma.merging._merge import merge as merge
+from optax_moma.merging._norm_aware import norm_aware as norm_aware
+from optax_moma.merging._search import Search as Search
+from optax_moma.merging._search import df_merge as df_merge
+from optax_moma.merging._search import search as search
 from optax_moma.merging._sequential import Sequential as Sequential
 from optax_moma.merging._sequential import opcm as opcm
 from optax_moma.merging._sequential import perturb_and_merge as perturb_and_merge

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,8 @@ def diagonal_fisher(
 
     Args:
       apply: A function of params and a batch of inputs that returns logits (batch, ..., classes),
-        or means (batch, ...) of normal distributions.
+        or means (batch, ...) of normal distributions. It is compiled once, as by ``jax.jit``: what
+        it takes from outside is fixed by then.
       params: The params at which F is computed, those of one expert.
       batches: Batches of inputs, trees of arrays whose first axis counts examples, or pairs
         (inputs, labels) if "empirical". Each new batch size compiles once.
@@ -75,64 +76,76 @@ def diagonal_fisher(
     (arXiv 2111.09832), section 3; on the empirical one Kunstner et al. 2019 (arXiv 1905.12558).
     """
     _check_switches(labels, likelihood, key)
-    names, leaves = named_leaves(params)
-    treedef = jax.tree.structure(params)
-    wanted = [i for i, x in enumerate(leaves) if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
-    if not wanted:
+    leaves, treedef = jax.tree.flatten(params)
+    kept = [jnp.issubdtype(jnp.result_type(x), jnp.floating) for x in leaves]
+    if not any(kept):
+        names = ", ".join(named_leaves(params)[0])
         raise ValueError(f"params: no leaf is floating point; the leaves are {names}.")
-    scores = partial(_scores, labels=labels, likelihood=likelihood)
-
-    def squares(floats: list[jax.Array], others: list[Any], example: Any) -> list[jax.Array]:
-        """E_y[(d log p(y | x) / d params)**2] of one example x."""
-        inputs, label, draw = example
-
-        def log_likelihoods(floats: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-            merged = list(others)
-            for i, x in zip(wanted, floats, strict=True):
-                merged[i] = x
-            one = jax.tree.map(lambda x: x[None], inputs)
-            return scores(apply(treedef.unflatten(merged), one)[0], label, draw)
-
-        values, gradient_of, weights = jax.vjp(log_likelihoods, floats, has_aux=True)
-
-        def add(total: list[jax.Array], n: jax.Array) -> tuple[list[jax.Array], None]:
-            (gradients,) = gradient_of(jnp.zeros_like(values).at[n].set(1))
-            terms = zip(total, gradients, strict=True)
-            return [t + weights[n] * jnp.square(g.astype(t.dtype)) for t, g in terms], None
-
-        zeros = [jnp.zeros(x.shape, at_least_float32(x.dtype)) for x in floats]
-        return jax.lax.scan(add, zeros, jnp.arange(values.size))[0]
-
-    @partial(jax.jit, donate_argnums=0)
-    def add_batch(
-        total: list[jax.Array], floats: list[jax.Array], others: list[Any], examples: Any
-    ) -> list[jax.Array]:
-        def add(total: list[jax.Array], example: Any) -> tuple[list[jax.Array], None]:
-            return jax.tree.map(jnp.add, total, squares(floats, others, example)), None
-
-        return jax.lax.scan(add, total, examples)[0]
-
-    floats = [jnp.asarray(leaves[i]) for i in wanted]
-    others = [None if i in set(wanted) else x for i, x in enumerate(leaves)]
-    total = [jnp.zeros(x.shape, at_least_float32(x.dtype)) for x in floats]
-    seen = 0
+    floats = [jnp.asarray(x) if keep else None for x, keep in zip(leaves, kept, strict=True)]
+    others = [None if keep else x for x, keep in zip(leaves, kept, strict=True)]
+    model, total, seen = Model(apply, treedef, labels, likelihood), _zeros(floats), 0
     for batch in checked_batches(batches):
         inputs, label, size = _examples(apply, params, batch, labels, likelihood)
         draws = None
         if key is not None:
             numbers = jnp.arange(seen, seen + size)
             draws = jax.vmap(partial(jax.random.fold_in, key))(numbers)
-        total = add_batch(total, floats, others, (inputs, label, draws))
+        total = _add_batch(model, total, floats, others, (inputs, label, draws))
         seen += size
     if not seen:
         raise ValueError("batches: there is no example. Was a generator used up?")
-    means = dict(zip(wanted, (x / seen for x in total), strict=True))
-    return treedef.unflatten([means.get(i) for i in range(len(leaves))])
+    return treedef.unflatten([None if x is None else x / seen for x in total])
 
 
-def _scores(
-    output: jax.Array, label: Any, key: Any, *, labels: Labels, likelihood: Likelihood
-) -> tuple[jax.Array, jax.Array]:
+class Model(NamedTuple):
+    """What a compiled step depends on besides arrays: equal ones compile once."""
+
+    apply: Callable[[Tree, Any], jax.Array]
+    treedef: Any
+    labels: Labels
+    likelihood: Likelihood
+
+
+# Lists with one entry per leaf of the params: an array, or None where the leaf is in the other.
+Leaves = list[Any]
+
+
+def _zeros(floats: Leaves) -> Leaves:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, at_least_float32(x.dtype)), floats)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _add_batch(
+    model: Model, total: Leaves, floats: Leaves, others: Leaves, examples: Any
+) -> Leaves:
+    def add(total: Leaves, example: Any) -> tuple[Leaves, None]:
+        return jax.tree.map(jnp.add, total, _squares(model, floats, others, example)), None
+
+    return jax.lax.scan(add, total, examples)[0]
+
+
+def _squares(model: Model, floats: Leaves, others: Leaves, example: Any) -> Leaves:
+    """Returns E_y[(d log p(y | x) / d params)**2] of one example x."""
+    inputs, label, draw = example
+    batch_of_one = jax.tree.map(lambda x: x[None], inputs)
+
+    def log_likelihoods(floats: Leaves) -> tuple[jax.Array, jax.Array]:
+        leaves = [o if x is None else x for x, o in zip(floats, others, strict=True)]
+        output = model.apply(model.treedef.unflatten(leaves), batch_of_one)[0]
+        return _scores(output, label, draw, model)
+
+    values, gradient_of, weights = jax.vjp(log_likelihoods, floats, has_aux=True)
+
+    def add(total: Leaves, n: jax.Array) -> tuple[Leaves, None]:
+        (gradient,) = gradient_of(jnp.zeros_like(values).at[n].set(1))
+        return jax.tree.map(
+            lambda t, g: t + weights[n] * jnp.square(g.astype(t.dtype)), total, gradient
+        ), None
+
+    return jax.lax.scan(add, _zeros(floats), jnp.arange(values.size))[0]
+
+
+def _scores(output: jax.Array, label: Any, key: Any, model: Model) -> tuple[jax.Array, jax.Array]:
     """Returns the log-likelihoods of one example whose squared gradients count, and their weights.
 
     Independent positions have independent scores of mean zero, so that the expectation of the
@@ -140,17 +153,17 @@ def _scores(
     """
     output = output.astype(at_least_float32(output.dtype))
     fixed = jax.lax.stop_gradient(output)
-    if likelihood == "normal":
-        if labels == "expected":
+    if model.likelihood == "normal":
+        if model.labels == "expected":
             # The score is (y - mean) times the gradient of the mean, and E[(y - mean)**2] is 1.
             return output.ravel(), jnp.ones(output.size)
-        if labels == "sampled":
+        if model.labels == "sampled":
             label = fixed + jax.random.normal(key, output.shape, output.dtype)
         return -0.5 * jnp.sum(jnp.square(label - output))[None], jnp.ones(1)
     logp = jax.nn.log_softmax(output)
-    if labels == "expected":
+    if model.labels == "expected":
         return logp.ravel(), jax.lax.stop_gradient(jnp.exp(logp)).ravel()
-    if labels == "sampled":
+    if model.labels == "sampled":
         label = jax.random.categorical(key, fixed)
     chosen = jnp.take_along_axis(logp, jnp.maximum(label, 0)[..., None], axis=-1)[..., 0]
     return jnp.sum(jnp.where(label >= 0, chosen, 0))[None], jnp.ones(1)

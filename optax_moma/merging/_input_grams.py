@@ -7,6 +7,7 @@ product or a convolution, it adds up the Gram of the activations.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -44,7 +45,7 @@ class GramSum(NamedTuple):
 class Context(NamedTuple):
     """What does not change on the way: the leaves' names, and the weights of the rows."""
 
-    names: list[str]
+    names: Sequence[str]
     mask: jax.Array | None
 
 
@@ -75,7 +76,8 @@ def input_grams(
     leaves, or used inside ``while_loop`` or ``cond``.
 
     Args:
-      apply: The model: a function of params and a batch. What it returns does not matter.
+      apply: The model: a function of params and a batch. What it returns does not matter. It is
+        compiled once, as by ``jax.jit``: what it takes from outside is fixed by then.
       params: The params of one expert.
       batches: Batches of its data, whatever ``apply`` takes; they need not be of one size. Each
         new shape compiles once.
@@ -110,22 +112,9 @@ def input_grams(
     """
     names, leaves = named_leaves(params)
     treedef = jax.tree.structure(params)
-
-    @jax.jit
-    def collect(leaves: list[jax.Array], batch: Any) -> Found:
-        def on_leaves(leaves: list[jax.Array], batch: Any) -> Any:
-            return apply(treedef.unflatten(leaves), batch)
-
-        closed = jax.make_jaxpr(on_leaves)(leaves, batch)
-        data = jax.tree.leaves(batch)
-        kernels = [_kernel(i, jnp.shape(x)) for i, x in enumerate(leaves)]
-        weights = None if mask is None else jnp.asarray(mask(batch), jnp.float32)
-        known = [*kernels, *[None] * len(data)]
-        return _evaluate(closed, [*leaves, *data], known, Context(names, weights))[2]
-
     found = None
     for batch in checked_batches(batches):
-        new = collect(leaves, batch)
+        new = _collect(apply, mask, treedef, tuple(names), leaves, batch)
         found = new if found is None else _sum(found, new, names)
     if found is None:
         raise ValueError("batches: there is none; pass at least one. Was a generator used up?")
@@ -156,6 +145,22 @@ def checked_batches(batches: Any) -> Iterable[Any]:
             " Is it a single batch? Then put it into a list."
         )
     return batches
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _collect(
+    apply: Any, mask: Any, treedef: Any, names: tuple[str, ...], leaves: list[Any], batch: Any
+) -> Found:
+    """Returns what one batch adds to the Grams."""
+
+    def on_leaves(leaves: list[jax.Array], batch: Any) -> Any:
+        return apply(treedef.unflatten(leaves), batch)
+
+    closed = jax.make_jaxpr(on_leaves)(leaves, batch)
+    data = jax.tree.leaves(batch)
+    known = [_kernel(i, jnp.shape(x)) for i, x in enumerate(leaves)] + [None] * len(data)
+    weights = None if mask is None else jnp.asarray(mask(batch), jnp.float32)
+    return _evaluate(closed, [*leaves, *data], known, Context(names, weights))[2]
 
 
 def _evaluate(
@@ -365,7 +370,7 @@ def _looped(outer: Sequence[Any], inner: Sequence[Any]) -> int:
     return sum(o.aval.ndim > i.aval.ndim for o, i in zip(outer, inner, strict=True))
 
 
-def _sum(one: Found, two: Found, names: list[str]) -> Found:
+def _sum(one: Found, two: Found, names: Sequence[str]) -> Found:
     both = one.keys() & two.keys()
     if mixed := [names[i] for i in both if one[i].gram.shape != two[i].gram.shape]:
         raise ValueError(
