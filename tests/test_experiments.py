@@ -2,12 +2,17 @@
 
 import csv
 import importlib.util
+import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+
+import optax_moma as om
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
@@ -50,3 +55,36 @@ def test_truncation():
     assert all(lost >= 0.9999 * best for pairs in found.values() for lost, best in pairs)
     once, thrice = (jnp.asarray(found[n])[:, 0].sum() for n in (1, 3))
     assert thrice < once
+
+
+def test_mergekit_comparison(tmp_path, monkeypatch):
+    """Ours from both formats, with the comparison's own recipes; and what it would start."""
+    for extra in ("orbax.checkpoint", "safetensors", "typer"):
+        pytest.importorskip(extra)
+    from optax_moma import checkpoints
+
+    module = script("mergekit_comparison")
+    small = ["--layers", "2", "--width", "28", "--hidden", "40", "--vocabulary", "50"]
+    monkeypatch.setattr(module.tempfile, "TemporaryDirectory", lambda dir: nullcontext(tmp_path))
+    output = tmp_path / "results.csv"
+    arguments = ["run.py", *small, "--rounds", "1", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as stopped:
+        module.app()
+    assert stopped.value.code == 0
+    rows = {row["what"]: row for row in csv.DictReader(output.read_text().splitlines())}
+    assert rows.keys() == {"ours, safetensors", "ours, Orbax"}
+    assert all(float(row["cpu_s"]) > 0 and float(row["peak_mb"]) > 0 for row in rows.values())
+    # Both formats, the same bits: those of the merge in memory.
+    names = ("base", *module.EXPERTS)
+    base, *experts = (checkpoints.load(tmp_path / f"{name}.safetensors") for name in names)
+    want = om.merge(om.merging.mergekit.ties(module.DENSITY), experts, base=base)
+    one, two = (checkpoints.load(tmp_path / name) for name in ("ours.safetensors", "ours"))
+    assert len(jax.tree.leaves(want)) == 26
+    for x, y, z in zip(*map(jax.tree.leaves, (want, one, two)), strict=True):
+        np.testing.assert_array_equal(x, y)
+        np.testing.assert_array_equal(x, z)
+    theirs = module.commands(tmp_path, Path("env/bin/python"))["mergekit"]
+    assert theirs[0] == str(Path("env/bin/mergekit-pytorch"))
+    recipe = json.loads(Path(theirs[1]).read_text())
+    assert recipe["merge_method"] == "ties" and len(recipe["models"]) == 3

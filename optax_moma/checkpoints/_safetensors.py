@@ -35,6 +35,8 @@ _DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+# In bytes, of XLA's buffers on a CPU.
+_ALIGNMENT = 64
 _CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 
 
@@ -91,9 +93,24 @@ def read(places: Mapping[str, Tensor], names: Collection[str]) -> dict[str, np.n
     result = {}
     for name in names:
         file, dtype, shape, start = places[name]
-        flat = np.fromfile(file, np.uint8, math.prod(shape) * dtype.itemsize, offset=start)
+        flat = _aligned(math.prod(shape) * dtype.itemsize)
+        with file.open("rb", buffering=0) as stream:
+            stream.seek(start)
+            filled = 0
+            while filled < flat.size:  # one call reads at most 2 GiB
+                count = stream.readinto(flat.data[filled:])
+                if not count:
+                    raise ValueError(f"{file.name} is truncated: it ends before {name} does")
+                filled += count
         result[name] = flat.view(dtype).reshape(shape)
     return result
+
+
+def _aligned(size: int) -> np.ndarray:
+    """Returns bytes that begin where JAX takes an array as it is, and need not copy it."""
+    room = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % _ALIGNMENT
+    return room[start : start + size]
 
 
 class Writer:
