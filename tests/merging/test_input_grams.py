@@ -301,8 +301,23 @@ def test_nnx_modules():
     assert grams["conv"]["kernel"].get_value().shape == (24, 24)
     assert grams["head"]["kernel"].get_value().shape == (4, 4)
     assert grams["head"]["bias"].get_value() is None
-    two_d = {"head": params["head"]}
-    merged = merge(regmean(), [two_d, two_d], curvature=[{"head": grams["head"]}] * 2)
-    np.testing.assert_allclose(
-        merged["head"]["kernel"].get_value(), plain["head"]["kernel"], rtol=1e-5, atol=1e-6
+    # Every kernel is merged by its Gram, attention's (8, 2, 4) and (2, 4, 8) and the convolution's.
+    other = jax.tree.map(lambda w: w + 0.1 * normal(*w.shape), params)
+    others = input_grams(lambda p, x: nnx.merge(graphdef, p)(x), other, [2 * x])
+    merged = nnx.to_pure_dict(
+        merge(regmean(ratio=1.0, ridge=0.0), [params, other], curvature=[grams, others])
     )
+    for path in (("attention", "query"), ("attention", "out"), ("conv",), ("head",)):
+        g, w = [], []
+        for gram_tree, tree in ((grams, params), (others, other)):
+            for name in (*path, "kernel"):
+                gram_tree, tree = gram_tree[name], tree[name]
+            g.append(np.asarray(gram_tree.get_value(), np.float64))
+            w.append(np.asarray(tree.get_value(), np.float64).reshape(len(g[-1]), -1))
+        found = merged
+        for name in (*path, "kernel"):
+            found = found[name]
+        wanted = g[0] @ w[0] + g[1] @ w[1]
+        np.testing.assert_allclose(
+            (g[0] + g[1]) @ found.reshape(w[0].shape), wanted, rtol=1e-3, atol=1e-3 * wanted.max()
+        )
