@@ -1,7 +1,7 @@
 """The diagonal of the Fisher information, exact for each example: curvature that costs data."""
 
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -90,7 +90,7 @@ def diagonal_fisher(
         if key is not None:
             numbers = jnp.arange(seen, seen + size)
             draws = jax.vmap(partial(jax.random.fold_in, key))(numbers)
-        total = _add_batch(model, total, floats, others, (inputs, label, draws))
+        total = _add_batch(model)(total, floats, others, (inputs, label, draws))
         seen += size
     if not seen:
         raise ValueError("batches: there is no example. Was a generator used up?")
@@ -114,14 +114,19 @@ def _zeros(floats: Leaves) -> Leaves:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, at_least_float32(x.dtype)), floats)
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _add_batch(
-    model: Model, total: Leaves, floats: Leaves, others: Leaves, examples: Any
-) -> Leaves:
-    def add(total: Leaves, example: Any) -> tuple[Leaves, None]:
-        return jax.tree.map(jnp.add, total, _squares(model, floats, others, example)), None
+# Bounded, so that functions and what they hold do not stay in memory for good.
+@lru_cache(maxsize=16)
+def _add_batch(model: Model) -> Callable[[Leaves, Leaves, Leaves, Any], Leaves]:
+    """Returns the compiled function that adds a batch of examples to the sums."""
 
-    return jax.lax.scan(add, total, examples)[0]
+    @partial(jax.jit, donate_argnums=0)
+    def add_batch(total: Leaves, floats: Leaves, others: Leaves, examples: Any) -> Leaves:
+        def add(total: Leaves, example: Any) -> tuple[Leaves, None]:
+            return jax.tree.map(jnp.add, total, _squares(model, floats, others, example)), None
+
+        return jax.lax.scan(add, total, examples)[0]
+
+    return add_batch
 
 
 def _squares(model: Model, floats: Leaves, others: Leaves, example: Any) -> Leaves:

@@ -7,7 +7,7 @@ product or a convolution, it adds up the Gram of the activations.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -112,9 +112,10 @@ def input_grams(
     """
     names, leaves = named_leaves(params)
     treedef = jax.tree.structure(params)
+    collect = _collect(apply, mask, treedef, tuple(names))
     found = None
     for batch in checked_batches(batches):
-        new = _collect(apply, mask, treedef, tuple(names), leaves, batch)
+        new = collect(leaves, batch)
         found = new if found is None else _sum(found, new, names)
     if found is None:
         raise ValueError("batches: there is none; pass at least one. Was a generator used up?")
@@ -147,20 +148,25 @@ def checked_batches(batches: Any) -> Iterable[Any]:
     return batches
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+# Bounded, so that functions and what they hold do not stay in memory for good.
+@lru_cache(maxsize=16)
 def _collect(
-    apply: Any, mask: Any, treedef: Any, names: tuple[str, ...], leaves: list[Any], batch: Any
-) -> Found:
-    """Returns what one batch adds to the Grams."""
+    apply: Callable[[Tree, Any], Any], mask: Any, treedef: Any, names: tuple[str, ...]
+) -> Callable[[list[Any], Any], Found]:
+    """Returns the compiled function of leaves and a batch that finds what the batch adds."""
 
     def on_leaves(leaves: list[jax.Array], batch: Any) -> Any:
         return apply(treedef.unflatten(leaves), batch)
 
-    closed = jax.make_jaxpr(on_leaves)(leaves, batch)
-    data = jax.tree.leaves(batch)
-    known = [_kernel(i, jnp.shape(x)) for i, x in enumerate(leaves)] + [None] * len(data)
-    weights = None if mask is None else jnp.asarray(mask(batch), jnp.float32)
-    return _evaluate(closed, [*leaves, *data], known, Context(names, weights))[2]
+    @jax.jit
+    def collect(leaves: list[jax.Array], batch: Any) -> Found:
+        closed = jax.make_jaxpr(on_leaves)(leaves, batch)
+        data = jax.tree.leaves(batch)
+        known = [_kernel(i, jnp.shape(x)) for i, x in enumerate(leaves)] + [None] * len(data)
+        weights = None if mask is None else jnp.asarray(mask(batch), jnp.float32)
+        return _evaluate(closed, [*leaves, *data], known, Context(names, weights))[2]
+
+    return collect
 
 
 def _evaluate(
