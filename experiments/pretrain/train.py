@@ -13,7 +13,6 @@ is given again, and its losses are those of an unbroken run, bit for bit, on as 
 import argparse
 import csv
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -25,23 +24,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
 import optax_moma as om
 
 from . import model, optimizers
 from .data import Batches, find_tokenizer, open_corpus, validation
-
-AXES = ("data", "fsdp", "tensor")
+from .program import Program, State, program_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,102 +134,6 @@ def parse(arguments: list[str] | None = None) -> Config:
         else:
             parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
     return Config(**vars(parser.parse_args(arguments)))
-
-
-class State(NamedTuple):
-    """What a step carries on, and a checkpoint holds."""
-
-    params: Any
-    opt_state: Any
-
-
-class Program(NamedTuple):
-    """What runs on the devices.
-
-    Attributes:
-      mesh: the devices.
-      tx: the optimizer.
-      abstract: shapes and shardings of a State.
-      batch: sharding of the tokens (rows, length + 1) of a step.
-      init: key -> State.
-      step: (State, tokens) -> (State, loss, norm of the gradient). The State is donated.
-      losses: (params, tokens) -> mean loss of every row.
-    """
-
-    mesh: Mesh
-    tx: optax.GradientTransformation
-    abstract: State
-    batch: NamedSharding
-    init: Callable[[jax.Array], State]
-    step: Callable[..., tuple[State, jax.Array, jax.Array]]
-    losses: Callable[..., jax.Array]
-
-
-def make_mesh(shape: str) -> Mesh:
-    """All devices, as ``"data,fsdp,tensor"`` says."""
-    sizes = [int(n) for n in shape.split(",")]
-    if len(sizes) != len(AXES):
-        raise ValueError(f"--mesh takes three sizes (data, fsdp, tensor), not {shape!r}.")
-    if -1 in sizes:
-        rest = -math.prod(sizes)
-        sizes[sizes.index(-1)] = jax.device_count() // rest
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def build(sizes: model.Config, tx: optax.GradientTransformation, mesh: Mesh) -> Program:
-    """Lays a model and its optimizer on a mesh."""
-    init_params, apply = model.functional(sizes)
-    shapes = jax.eval_shape(init_params, jax.random.key(0))
-    specs = model.partition_specs(sizes)
-    shardings = jax.tree.map(
-        functools.partial(NamedSharding, mesh),
-        State(specs, om.state_partition_specs(tx, shapes, specs)),
-        is_leaf=lambda x: isinstance(x, P),
-    )
-    replicated, batch = NamedSharding(mesh, P()), NamedSharding(mesh, P(model.BATCH_AXES))
-
-    def init(key: jax.Array) -> State:
-        params = init_params(key)
-        return State(params, tx.init(params))
-
-    def losses(params: Any, tokens: jax.Array) -> jax.Array:
-        logits = apply(params, tokens[:, :-1])
-        entropy = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-        return jnp.mean(entropy, axis=1)
-
-    def step(state: State, tokens: jax.Array) -> tuple[State, jax.Array, jax.Array]:
-        mean_loss = lambda params: jnp.mean(losses(params, tokens))  # noqa: E731
-        loss, grads = jax.value_and_grad(mean_loss)(state.params)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return State(params, opt_state), loss, optax.tree.norm(grads)
-
-    abstract = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        jax.eval_shape(init, jax.random.key(0)),
-        shardings,
-    )
-    return Program(
-        mesh,
-        tx,
-        abstract,
-        batch,
-        jax.jit(init, out_shardings=shardings),
-        jax.jit(
-            step,
-            donate_argnums=0,
-            in_shardings=(shardings, batch),
-            out_shardings=(shardings, replicated, replicated),
-        ),
-        jax.jit(losses, in_shardings=(shardings.params, batch), out_shardings=replicated),
-    )
-
-
-@functools.cache
-def program_for(config: model.Config, optimizer: str, lr: float, steps: int, mesh: str) -> Program:
-    """A run's program; runs of one process that differ in nothing else compile once."""
-    tx = optimizers.make(optimizer, optimizers.schedule(lr, steps))
-    return build(config, tx, make_mesh(mesh))
 
 
 class Table:
