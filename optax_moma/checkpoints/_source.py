@@ -471,14 +471,18 @@ class _Name:
 
 
 def _needs_of_file(checkpoint: Checkpoint) -> dict[str, Need]:
-    file = _safetensors.files(checkpoint.path)[0]
-    if _safetensors.notes(file).get("format") != CURVATURE_FORMAT["format"]:
+    if not _is_curvature(checkpoint):
         raise ValueError(f"{checkpoint.path} is no file that export-curvature wrote")
     needs: dict[str, Need] = {}
     for stored in checkpoint.tensors or ():
         name, _, part = stored.partition("#")
         needs.setdefault(name, Need("file", {}, {})).fields[part or "dense"] = stored
     return needs
+
+
+def _is_curvature(checkpoint: Checkpoint) -> bool:
+    file = _safetensors.files(checkpoint.path)[0]
+    return _safetensors.notes(file).get("format") == CURVATURE_FORMAT["format"]
 
 
 def curvature_entries(curvature: Mapping[str, Any]) -> dict[str, Any]:
@@ -494,6 +498,8 @@ def curvature_entries(curvature: Mapping[str, Any]) -> dict[str, Any]:
 
 def _found_params(checkpoint: Checkpoint) -> tuple[str, ...]:
     if checkpoint.tensors is not None:
+        if _is_curvature(checkpoint):
+            raise ValueError(f"{checkpoint.path} holds curvature, not a model")
         return ()
     found = list(_called_params(checkpoint.tree, ()))
     shallowest = [prefix for prefix in found if len(prefix) == min(map(len, found))]

@@ -1,5 +1,7 @@
 """Everything that can be wrong is said before any work, all at once, and nothing is written."""
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -281,3 +283,236 @@ def test_only_what_the_recipe_names_is_read(world, tmp_path, monkeypatch):
     assert checkpoints.plan(tmp_path / "models/recipe.yaml").problems == []
     (tmp_path / "recipe.yaml").write_text("method: average\nexperts: {a: base}\n")
     assert "does not exist" in checkpoints.plan(tmp_path / "recipe.yaml").problems[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"experts": {"a": {"path": "a", "wieght": 1}}},
+            "experts.a: unknown key 'wieght'; did you",
+        ),
+        (
+            {"experts": {"a": {"path": "a", "curvature": {"misssing": 0}}}},
+            "experts.a.curvature: unknown key 'misssing'; did you mean 'missing'?",
+        ),
+        (
+            {"base": {"path": "a", "parms": "x"}},
+            "base: unknown key 'parms'; did you mean 'params'?",
+        ),
+        ({"rules": [{"mach": "*", "keep": "base"}]}, "rules.0: unknown key 'mach'"),
+        ({"output": {"dtyp": "float32"}}, "output: unknown key 'dtyp'; did you mean 'dtype'?"),
+        ({"experts": {"a": {"item": "state"}}}, "experts.a.path is missing"),
+        ({"experts": {"base": "a"}}, "experts.base: this is what the base is called"),
+        ({"experts": {"": "a"}}, "one has no name"),
+        ({"experts": {"a": "x", "b": "./x"}}, "experts.b: the same checkpoint as 'a'"),
+        ({"experts": {"a": {"path": "a", "weight": float("nan")}}}, "weight: must be a finite"),
+        ({"experts": {"a": {"path": "a", "weight": True}}}, "weight: must be a finite number"),
+        ({"experts": {"a": {"path": "a", "step": -1}}}, 'a number of at least 0, or "latest"'),
+        ({"experts": {"a": {"path": "a", "curvature": {"b2": 1.0}}}}, "b2"),
+        ({"experts": {"a": {"path": "a", "curvature": {"missing": -1}}}}, "missing"),
+        ({"method": "peft.tis"}, "did you mean 'peft.ties'?"),
+        ({"method": {"name": "ties", "density": "half"}}, "density must be a number, got 'half'"),
+        ({"method": {"density": 0.5}}, "a method is a name, or a mapping with name:"),
+        ({"method": []}, "a chain of steps has at least one step"),
+        ({"method": [{"name": "trm", "density": 0.2}]}, "did you mean 'trim'?"),
+        ({"method": {"name": "knots", "steps": 3}}, "steps must be a list of steps"),
+        ({"rules": [{"match": "*", "values": {"scale": [1]}}]}, "at least two numbers"),
+        ({"rules": [{"match": "*", "values": {"scale": [0, "x"]}}]}, "finite number, got 'x'"),
+        ({"rules": [{"match": "*", "values": {"density": [0, 2]}}]}, "from 0 to 1, got 2"),
+        ({"rules": [{"match": "*", "weights": {"math": []}}]}, "at least two numbers"),
+        ({"rules": [{"match": "*", "weights": {"math": [0, float("inf")]}}]}, "finite number"),
+        ({"rules": [{"else": "bse"}]}, "unknown method 'bse'"),
+        ({"rules": [{"else": "base", "keep": "math"}]}, "stands alone"),
+        ({"base": None, "rules": [{"else": "base"}]}, "the recipe has no base:"),
+    ],
+)
+def test_more_of_the_schema(world, tmp_path, change, said):
+    refused({**world.recipe("ties"), **change}, tmp_path, said)
+
+
+def test_problems_of_every_kind_at_once(world, tmp_path):
+    """A typo in one place does not hide the others: not in the schema, nor in what it names."""
+    recipe = world.recipe({"name": "ties", "densty": 1}, seed=-1, colour="red")
+    recipe["experts"]["math"] |= {"weigth": 1, "step": "soon"}
+    with pytest.raises(checkpoints.MergeError) as caught:
+        Recipe.of(recipe)
+    assert len(caught.value.problems) == 5
+
+    recipe = world.recipe("moma", ignore=["hed/**"])
+    recipe["rules"] = [{"match": "embeddings", "keep": "base"}, {"match": "gain", "keep": "math"}]
+    recipe["experts"] = {
+        "code": {"path": str(world.folder / "code"), "weight": -1, "curvature": "optstate"},
+        "math": str(world.folder / "maths"),
+    }
+    problems = checkpoints.plan(recipe).problems
+    for said in ("ignore: hed/**", "rule 0:", "-1.0 for expert 'code'", "'optstate'", "maths does"):
+        assert any(said in problem for problem in problems), (said, problems)
+    assert len(problems) == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: &x [1]\nmethod: *x\nexperts: {a: a}", "the alias *x is not allowed"),
+        ("method: average\nexperts: {a: a}\nignore: [**/bias]", "a glob that starts with *"),
+        ("method: " + "[" * 5000, "not valid YAML"),
+        ("method: average\nexperts: {a: a}\n# " + "x" * (1 << 20), "larger than a megabyte"),
+        ("method: average\nexperts: {a: a}\x00", "not valid YAML"),
+        ("method: average\nexperts: {? [a]: a}", "not valid YAML"),
+        ("method: average\nexperts: {a: !!python/name:os.system a}", "not valid YAML"),
+        ("method: average\nexperts: {1: a}", "experts.1"),
+        ("{}", "2 problems"),
+        ("", "must be a mapping"),
+    ],
+)
+def test_more_yaml(tmp_path, text, said):
+    (tmp_path / "recipe.yaml").write_text(text)
+    refused(tmp_path / "recipe.yaml", tmp_path, said)
+
+
+def test_a_recipe_that_is_no_text(tmp_path):
+    (tmp_path / "recipe.yaml").write_bytes(b"\xff\xfe\x00")
+    refused(tmp_path / "recipe.yaml", tmp_path, "Cannot read the recipe")
+    (tmp_path / "folder.yaml").mkdir()
+    refused(tmp_path / "folder.yaml", tmp_path, "Cannot read the recipe")
+
+
+def test_numbers_as_people_write_them(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        "method: {name: regmean, ridge: 1e-6}\nexperts: {a: {path: a, weight: 5E+1}}"
+    )
+    recipe = Recipe.load(tmp_path / "recipe.yaml")
+    assert recipe.method["ridge"] == 1e-6 and recipe.experts["a"].weight == 50.0
+
+
+class TestFiles:
+    """Files that are not what they are taken for; models as safetensors, which are quick."""
+
+    @pytest.fixture
+    def recipe(self, tmp_path):
+        """A base, two experts and their files of curvature."""
+        rng = np.random.default_rng(0)
+        base = {"w": rng.normal(size=(20, 30)), "b": rng.normal(size=30)}
+        for name in ("base", "a", "b"):
+            noise = 0.05 * (name != "base")
+            tree = {k: np.float32(x + noise * rng.normal(size=x.shape)) for k, x in base.items()}
+            write(tmp_path / f"{name}.safetensors", tree)
+            notes = checkpoints._source.CURVATURE_FORMAT
+            v = {k: np.float32(rng.random(x.shape)) for k, x in base.items()}
+            write(tmp_path / f"{name}-curvature.safetensors", v, notes)
+        return {
+            "base": str(tmp_path / "base.safetensors"),
+            "experts": {
+                name: {
+                    "path": str(tmp_path / f"{name}.safetensors"),
+                    "curvature": str(tmp_path / f"{name}-curvature.safetensors"),
+                }
+                for name in ("a", "b")
+            },
+            "method": "moma",
+        }
+
+    def test_they_merge(self, recipe, tmp_path):
+        assert checkpoints.plan(recipe).problems == []
+        assert checkpoints.merge(recipe, tmp_path / "out.safetensors").leaves == 2
+
+    @pytest.mark.parametrize("file", ["a", "a-curvature"])
+    @pytest.mark.parametrize(
+        ("damage", "said"),
+        [
+            (lambda content: content[:-7], "truncated"),
+            (lambda content: content[:20], "truncated"),
+            (lambda content: content[:5], "safetensors"),
+            (lambda content: b"", "safetensors"),
+            (lambda content: bytes(range(256)) * 40, "safetensors"),
+            (lambda content: content[:8] + b"[" + content[9:], "cannot be read"),
+            (lambda content: content.replace(b'"F32"', b'"X32"'), "unknown dtype"),
+            (lambda content: content.replace(b"[20,30]", b"[20,31]"), "not that of its shape"),
+        ],
+    )
+    def test_damaged(self, recipe, tmp_path, file, damage, said):
+        path = tmp_path / f"{file}.safetensors"
+        path.write_bytes(damage(path.read_bytes()))
+        refused(recipe, tmp_path, "expert 'a'", said)
+
+    def test_a_model_for_a_file_of_curvature(self, recipe, tmp_path):
+        recipe["experts"]["a"]["curvature"] = recipe["base"]
+        refused(recipe, tmp_path, "is no file that export-curvature wrote")
+
+    def test_a_file_of_curvature_for_a_model(self, recipe, tmp_path):
+        recipe["experts"]["a"]["path"] = recipe["experts"]["a"]["curvature"]
+        refused(recipe, tmp_path, "expert 'a'", "holds curvature, not a model")
+
+    def test_no_curvature_beside_safetensors(self, recipe, tmp_path):
+        del recipe["experts"]["a"]["curvature"]
+        refused(recipe, tmp_path, "the curvature of expert 'a'", "holds no optimizer state")
+
+    def test_curvature_of_another_model(self, recipe, tmp_path):
+        notes = checkpoints._source.CURVATURE_FORMAT
+        v = {"w": np.ones((30, 20), np.float32), "c": np.ones(30, np.float32)}
+        write(tmp_path / "a-curvature.safetensors", v, notes)
+        refused(recipe, tmp_path, "expert 'a' has no curvature for b", "w", "(30, 20)", "(20, 30)")
+
+    def test_curvature_with_faults(self, recipe, tmp_path):
+        notes = checkpoints._source.CURVATURE_FORMAT
+        v = {"w": np.ones((20, 30), np.float32), "b": np.ones(30, np.float32)}
+        v["w"][3, 4], v["b"][5] = -1, np.nan
+        write(tmp_path / "a-curvature.safetensors", v, notes)
+        with pytest.raises(checkpoints.MergeError) as caught:
+            checkpoints.merge(recipe, tmp_path / "out")
+        for name in ("w", "b"):
+            said = f"the curvature of expert 'a', {name}: 1 values that are negative or not finite"
+            assert any(p.startswith(said) for p in caught.value.problems)
+        assert not (tmp_path / "out").exists()
+
+    def test_outputs_that_would_replace_an_input(self, recipe, tmp_path):
+        (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+        before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+        for output, label in [
+            ("recipe.yaml", "the recipe"),
+            ("a.safetensors", "expert 'a'"),
+            ("a-curvature.safetensors", "the curvature of a"),
+        ]:
+            with pytest.raises(checkpoints.MergeError, match=f"in the place of {label}"):
+                checkpoints.merge(tmp_path / "recipe.yaml", tmp_path / output, force=True)
+        with pytest.raises(OSError):
+            checkpoints.merge(recipe, tmp_path / "recipe.yaml/out")
+        assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+    def test_numbers_of_experts_and_weights(self, recipe, tmp_path):
+        refused(
+            recipe | {"method": "slerp", "experts": {"a": recipe["base"]}}, tmp_path, "experts:"
+        )
+        zero = {n: {**e, "weight": 0} for n, e in recipe["experts"].items()}
+        refused(recipe | {"experts": zero}, tmp_path, "weights: all are zero")
+        rule = {"match": "*", "stacked": True, "weights": {"a": [1, -1]}}
+        refused(recipe | {"rules": [rule]}, tmp_path, "not negative")
+
+    def test_stacks(self, recipe, tmp_path):
+        write(
+            tmp_path / "s.safetensors",
+            {"g": np.array(1, np.float32), "w": np.ones((2, 3), np.float32)},
+        )
+        recipe = {"experts": {"s": str(tmp_path / "s.safetensors")}, "method": "average"}
+        rule = {"match": "*", "stacked": True}
+        refused(recipe | {"rules": [rule]}, tmp_path, "rule 0: stacked: g has no layers")
+        steps = [{"name": "trim", "density": 0.3, "scope": "global"}, "mean"]
+        rule = {"match": "w", "stacked": True, "method": steps}
+        refused(recipe | {"rules": [rule]}, tmp_path, "looks at all leaves first")
+
+
+def write(path, tree, notes=None):
+    from safetensors.numpy import save_file
+
+    save_file(tree, path, notes)
+
+
+def test_an_orbax_checkpoint_without_its_arrays(world, tmp_path):
+    recipe = save_expert(world, tmp_path, lambda params: None)
+    for file in (tmp_path / "math").rglob("*"):
+        if file.is_file() and file.parent.name == "d":
+            file.unlink()
+    with pytest.raises(ValueError, match="cannot be read"):
+        checkpoints.merge(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.merging").exists()
