@@ -316,7 +316,8 @@ def fusion_bench_golden(base: Tree, experts: list[Tree]) -> None:
     unified, masks, rescalers = emr_merge(smooth)
     golden.add("emr", unified)
     golden.add("emr.mask", {n: torch.stack(m) for n, m in masks.items()})
-    golden.add("emr.rescaler", {"": rescalers})
+    golden.add("emr.rescaler", {"model": rescalers})
+    golden.add("emr.rescaler", {"kernel": emr_merge([{"kernel": d["kernel"]} for d in deltas])[2]})
     total = {n: sum(d[n] for d in deltas) for n in random}
     zero = {n: torch.zeros_like(x) for n, x in total.items()}
     tall = [generate_task_masks(total, d, zero, tall_mask_lambda=0.4) for d in smooth]
@@ -331,7 +332,8 @@ def fusion_bench_golden(base: Tree, experts: list[Tree]) -> None:
         golden.add(f"model/{name}", dict(model.state_dict()))
     opcm = OPCM(alpha=0.5, shuffle_order=False, save_on_every_step=False)
     golden.add("model/opcm", opcm.run(BaseModelPool(models())).state_dict())
-    doge = DOGE_TA_Algorithm(subspace=6, K=30, lamda=0.07)
+    # Of more than 99.99 per cent of a small model nothing is dropped.
+    doge = DOGE_TA_Algorithm(subspace=6, K=99.99, lamda=0.07)
     golden.add("model/doge", doge.run(BaseModelPool(models())).state_dict())
     golden.save("fusion-bench")
 

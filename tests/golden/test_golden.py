@@ -22,6 +22,8 @@ from optax_moma.merging import (
     chain,
     consensus,
     dare,
+    doge,
+    emr,
     fisher,
     fusion_bench,
     iso_c,
@@ -31,6 +33,7 @@ from optax_moma.merging import (
     mergekit,
     model_stock,
     multislerp,
+    opcm,
     peft,
     regmean,
     slerp,
@@ -351,6 +354,52 @@ def test_fusion_bench_tall_masks():
         total_delta = sum(e[leaf] - base[leaf] for e in experts)
         want = base[leaf] + (masks[leaf].sum(0) >= 2) * total_delta
         assert_near(got[leaf], want, leaf)
+
+
+def test_fusion_bench_emr():
+    """Its rescalers weigh all leaves alike, ours all entries: of one leaf they are the same."""
+    base, experts = base_and_experts("fusion_bench", MODEL)
+    merged = emr(experts, base=base)
+    assert_same(merged.delta, tree("fusion_bench", "emr", MODEL))
+    masks = tree("fusion_bench", "emr.mask", MODEL)
+    for t, packed in enumerate(merged.masks.values()):
+        for leaf, bits in packed.items():
+            found = np.unpackbits(np.asarray(bits), count=base[leaf].size)
+            np.testing.assert_array_equal(found.reshape(base[leaf].shape), masks[leaf][t])
+    one = emr([{"kernel": e["kernel"]} for e in experts], base={"kernel": base["kernel"]})
+    scales = {leaf: GOLDEN["fusion_bench"][f"emr.rescaler/{leaf}"] for leaf in ("kernel", "model")}
+    assert_near(list(one.scales.values()), scales["kernel"], "kernel")
+    ours = np.array(list(merged.scales.values()))
+    assert 1e-4 < np.abs(ours - scales["model"]).max() < 0.1
+
+
+def model(name: str) -> dict[str, np.ndarray]:
+    """Returns the parameters of a small model; kernels as in Flax."""
+    start = f"model/{name}/"
+    found = {n[len(start) :]: x for n, x in GOLDEN["fusion_bench"].items() if n.startswith(start)}
+    return {n: x.T if x.ndim == 2 else x for n, x in found.items()}
+
+
+def test_fusion_bench_opcm():
+    method = opcm(alpha=0.5)
+    state = method.init(model("_pretrained_"))
+    for t in range(3):
+        state = method.update(state, model(f"expert{t}"))
+    assert_same(method.params(state), model("opcm"))
+
+
+def test_fusion_bench_doge():
+    """Where nothing is dropped. It leaves biases and norms at the base, ours averages them."""
+    base, want = model("_pretrained_"), model("doge")
+    got = merge(doge(density=1.0), [model(f"expert{t}") for t in range(3)], base=base)
+    for leaf, x in want.items():
+        if x.ndim == 2:
+            assert_near(got[leaf], x, leaf)
+            assert np.abs(x - base[leaf]).max() > 1e-3
+        else:
+            np.testing.assert_array_equal(x, base[leaf])
+            average = np.mean([model(f"expert{t}")[leaf] for t in range(3)], 0)
+            assert_near(got[leaf], average, leaf)
 
 
 # Where we mean to differ --------------------------------------------------------------------------
