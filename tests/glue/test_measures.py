@@ -47,16 +47,14 @@ def test_overlap_is_one_for_proportional_and_zero_for_disjoint_curvature():
     b = {"x": np.array([0.0, 0.0, 1.0]), "y": np.array([1.0, 0.0])}
     assert measures.overlap(a, b) == 0
     c = {"x": np.array([1.0, 1.0, 2.0]), "y": np.zeros(2)}
-    assert measures.overlap(a, c) == pytest.approx((np.sqrt(1) + np.sqrt(3)) / 4)
+    want = 3 / 5 * (np.sqrt(1) + np.sqrt(3)) / 4
+    assert measures.overlap(a, c) == pytest.approx(want, rel=1e-5)
 
 
-def test_conflict_and_barrier():
-    base = {"w": np.zeros(4)}
-    a, b = {"w": np.array([1.0, 2, -1, 0])}, {"w": np.array([1.0, -1, -2, 3])}
+def test_conflict():
+    base = {"v": np.zeros(3), "w": np.zeros(1)}
+    a = {"v": np.array([1.0, 2, -1]), "w": np.array([0.0])}
+    b = {"v": np.array([1.0, -1, -2]), "w": np.array([3.0])}
     found = measures.conflict(a, b, base)
     assert found["cosine"] == pytest.approx(1 / np.sqrt(6 * 15))
-    assert found["sign_conflict"] == pytest.approx(2 / 5)
-    assert measures.barrier([1.0, 0.6, 0.8]) == pytest.approx(0.3)
-    assert measures.barrier([0.5, 0.9, 0.8]) == 0
-    scores = measures.path(a, b, 3, lambda tree: float(tree["w"][1]))
-    assert scores == pytest.approx([2.0, 0.5, -1.0])
+    assert found["sign_conflict"] == pytest.approx(1 - (2 + 1 + 3 + 3) / (2 + 3 + 3 + 3))

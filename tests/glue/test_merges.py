@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from glue_study import merges, stages
+from glue_study.experts import Expert, Statistics
 from glue_study.merges import ABLATIONS, METHODS, Published
 
 from optax_moma import merging
@@ -32,24 +33,25 @@ def test_the_published_merge_taken_apart_is_the_published_merge():
 
 
 def test_each_ablation_changes_the_merge():
-    base, experts, curvature = models(1)
-    found = {}
-    with jax.disable_jit():  # quicker than to compile each
-        for name, method in ABLATIONS.items():
-            own = curvature
-            if method.curvature == "factored":
-                own = [merges.factored(v) for v in curvature]
-            found[name] = merge(method.make(density=0.5), experts, base=base, curvature=own)["w"]
-    for name in ABLATIONS:
+    trees = models(1)
+    matrices = jax.tree.map(lambda tree: {"w": tree["w"]}, trees, is_leaf=lambda x: "w" in x)
+
+    def merged_by(name, models=matrices):
+        method, (base, experts, curvature) = ABLATIONS[name], models
+        if method.curvature == "factored":
+            curvature = [merges.factored(v) for v in curvature]
+        return merge(method.make(density=0.5), experts, base=base, curvature=curvature)["w"]
+
+    found = {name: merged_by(name) for name in ABLATIONS}
+    for name in ABLATIONS.keys() - {"moma", "UMTAM", "UMTAM, no floors", "moma, global threshold"}:
         whole = "moma" if name.startswith("moma") else "UMTAM"
-        if name != whole and name != "UMTAM, no floors":
-            assert not np.allclose(found[name], found[whole]), name
+        assert not np.allclose(found[name], found[whole]), name
+    # A global threshold is another one where there are several leaves.
+    assert not np.allclose(merged_by("moma, global threshold", trees), merged_by("moma", trees))
     # Floors matter where curvature is as small as that of real gradients.
-    tiny = [jax.tree.map(lambda x: x * 1e-9, v) for v in curvature]
-    whole, without = (
-        merge(ABLATIONS[name].make(density=0.5), experts, base=base, curvature=tiny)["w"]
-        for name in ("UMTAM", "UMTAM, no floors")
-    )
+    base, experts, curvature = matrices
+    tiny = base, experts, [{"w": v["w"] * 1e-9} for v in curvature]
+    whole, without = (merged_by(name, tiny) for name in ("UMTAM", "UMTAM, no floors"))
     assert not np.allclose(whole, without)
     np.testing.assert_allclose(without, found["UMTAM, no floors"], rtol=1e-4)
 
@@ -125,3 +127,55 @@ def test_merge_is_tuned_on_one_half_of_dev_and_shown_on_the_other(quick, tmp_pat
     stages.merge(study, "moma", 0, methods, sets, "test", "merges")
     assert (tmp_path / "merges_tuning.csv").read_text() == before
     assert len(lines(tmp_path / "merges.csv")) == 2 * len(rows)
+
+
+def expert_of(tree, curvature):
+    return Expert(tree, {}, Statistics(curvature, {}, []))
+
+
+def test_methods_for_layers_average_the_embeddings():
+    rng = np.random.default_rng(0)
+    trees = [
+        {name: jnp.asarray(rng.normal(size=(8, 8)), jnp.float32) for name in ("words", "layers")}
+        for _ in range(3)
+    ]
+    experts = {name: expert_of(tree, None) for name, tree in zip("ab", trees[1:], strict=True)}
+    got = merges.merged(METHODS["TSV-M"], {"scale": 1.0}, experts, trees[0], None)
+    np.testing.assert_allclose(got["words"], (trees[1]["words"] + trees[2]["words"]) / 2, rtol=1e-5)
+    parts = [{"layers": tree["layers"]} for tree in trees]
+    want = merge(merging.tsv_m(), parts[1:], base=parts[0])["layers"]
+    np.testing.assert_allclose(got["layers"], want, rtol=1e-5)
+    assert set(got) == {"words", "layers"}
+
+
+def test_sequential_methods_take_the_experts_in_turn():
+    base, trees, curvature = models(2)
+    experts = {
+        name: expert_of(tree, v) for name, tree, v in zip("abc", trees, curvature, strict=True)
+    }
+    method = METHODS["Perturb-and-Merge"]
+    own = merges.given(method, experts, None, None)
+    got = merges.merged(method, {}, experts, base, own)
+    step = merging.perturb_and_merge()
+    state = step.init(base)
+    for tree, v in zip(trees, curvature, strict=True):
+        state = step.update(state, tree, v)
+    jax.tree.map(np.testing.assert_array_equal, got, step.params(state))
+
+
+def test_what_each_method_is_given():
+    _, trees, curvature = models(3, k=1)
+    experts = {"a": expert_of(trees[0], curvature[0])}
+    fisher, grams = (lambda name: f"F of {name}"), (lambda name: f"G of {name}")
+    given = {
+        name: merges.given(METHODS[name], experts, fisher, grams)
+        for name in ("TIES", "Fisher (data)", "RegMean (data)", "moma")
+    }
+    assert given["TIES"] is None
+    assert given["Fisher (data)"] == {"a": "F of a"}
+    assert given["RegMean (data)"] == {"a": "G of a"}
+    assert given["moma"]["a"] is curvature[0]
+    sums = merges.given(ABLATIONS["moma, row and column sums"], experts, fisher, grams)
+    np.testing.assert_allclose(
+        jnp.sum(sums["a"]["w"].row * sums["a"]["w"].col), jnp.sum(curvature[0]["w"]), rtol=1e-5
+    )

@@ -1,20 +1,19 @@
-"""The reference: the exact diagonal Fisher of an expert, from examples.
+"""The reference: curvature of an expert computed from examples, after training.
 
-F = mean over x of E_{y ~ p(y|x)} [(d log p(y|x) / d w)^2]: one gradient per example and class,
-squared before anything is summed. A regression counts as a Gaussian of unit variance.
+The Fisher is F = mean over x of E_{y ~ p(y|x)} [(d log p(y|x) / d w)^2], exact for each example and
+class; a regression counts as a Gaussian of unit variance. The Grams are RegMean's.
 """
 
 import time
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
+from optax_moma import merging
 from optax_moma.demo.encoder import Params
 from optax_moma.demo.training import save
 
@@ -35,38 +34,37 @@ from .records import Records
 EXAMPLES = 256
 
 
-def exact_fisher(graph: Any, trained: Expert, tokens: np.ndarray, classes: int) -> Params:
-    """The encoder's diagonal Fisher on texts (n, length)."""
-    add = _adder(graph, classes)
-    total = jax.tree.map(jnp.zeros_like, trained.encoder)
+def by_length(tokens: np.ndarray) -> Iterator[np.ndarray]:
+    """Texts in batches that are as long as their texts."""
     longest = lengths(tokens)
     for length in np.unique(longest):
-        total = add(total, trained.encoder, trained.head, tokens[longest == length, :length])
-    return jax.tree.map(lambda x: x / len(tokens), total)
+        yield tokens[longest == length, :length]
 
 
-@cache
-def _adder(graph: Any, classes: int) -> Callable[..., Params]:
-    def log_likelihood(
-        encoder: Params, head: Params, text: jax.Array, label: jax.Array
-    ) -> jax.Array:
-        out = outputs(graph, {"encoder": encoder, "head": head}, text[None])[0]
-        # A Gaussian's score is its noise, of unit variance, times the gradient of its mean.
-        return out[0] if classes == 1 else jax.nn.log_softmax(out[:classes])[label]
+def exact_fisher(graph: Any, trained: Expert, tokens: np.ndarray, classes: int) -> Params:
+    """The encoder's diagonal Fisher on texts (n, length)."""
 
-    @jax.jit
-    def add(total: Params, encoder: Params, head: Params, texts: jax.Array) -> Params:
-        def one(total: Params, text: jax.Array) -> tuple[Params, None]:
-            def label(y: jax.Array, total: Params) -> Params:
-                value, g = jax.value_and_grad(log_likelihood)(encoder, head, text, y)
-                share = 1.0 if classes == 1 else jnp.exp(value)
-                return jax.tree.map(lambda t, x: t + share * jnp.square(x), total, g)
+    def apply(encoder: Params, texts: jax.Array) -> jax.Array:
+        out = outputs(graph, {"encoder": encoder, "head": trained.head}, texts)
+        return out[:, 0] if classes == 1 else out[:, :classes]
 
-            return jax.lax.fori_loop(0, classes, label, total), None
+    return merging.diagonal_fisher(
+        apply,
+        trained.encoder,
+        by_length(tokens),
+        likelihood="normal" if classes == 1 else "categorical",
+    )
 
-        return jax.lax.scan(one, total, texts)[0]
 
-    return add
+def grams_of(study: Study, recipe: Recipe) -> Any:
+    """The Grams of what every kernel of a recipe's expert reads, on the Fisher's examples."""
+    trained, graph = expert(study, recipe), nnx.graphdef(study.encoder)
+    tokens = training_examples(study.tasks[recipe.task], recipe).tokens[:EXAMPLES]
+
+    def apply(encoder: Params, texts: jax.Array) -> jax.Array:
+        return outputs(graph, {"encoder": encoder, "head": trained.head}, texts)
+
+    return merging.input_grams(apply, trained.encoder, by_length(tokens), mask=lambda t: t != 0)
 
 
 def fisher_of(study: Study, recipe: Recipe) -> Params:

@@ -1,6 +1,6 @@
 """What the statistics measure: agreement with the exact Fisher, overlap and conflict of experts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ from scipy.stats import rankdata
 
 import optax_moma as om
 from optax_moma.demo.encoder import Params
-from optax_moma.demo.pipeline import along
+from optax_moma.diagnostics import curvature_overlap, sign_conflict
 
 from .experts import SNAPSHOTS, Expert
 from .saliency import SCORES, factored
@@ -80,44 +80,25 @@ def _is_factored(curvature: Any) -> bool:
 
 
 def overlap(a: Any, b: Any) -> float:
-    """How much two curvatures lie in the same places, from 0 to 1.
+    """How much two experts need the same entries, from 0 to 1.
 
-    The mean over leaves of sum sqrt(p q), with p and q the curvatures over their sums, weighed by
-    the leaves' numbers of entries.
+    `optax_moma.diagnostics.curvature_overlap`, averaged over leaves by their numbers of entries.
     """
-    total, entries = 0.0, 0
-    theirs = named(b)
-    for leaf, v in named(a).items():
-        p, q = (dense(x).astype(np.float64) for x in (v, theirs[leaf]))
-        norm = np.sqrt(p.sum() * q.sum())
-        if norm > 0:
-            total += p.size * float(np.sum(np.sqrt(p * q)) / norm)
-            entries += p.size
-    return total / max(entries, 1)
+    by_leaf = named(curvature_overlap([a, b]))
+    sizes = {name: dense(v).size for name, v in named(a).items()}
+    return sum(float(by_leaf[name]) * n for name, n in sizes.items()) / sum(sizes.values())
 
 
 def conflict(a: Params, b: Params, base: Params) -> dict[str, float]:
-    """Cosine of two task vectors, and the share of |d_a d_b| on which their signs differ."""
-    product = against = 0.0
-    squares = np.zeros(2)
-    for x, y, x0 in zip(*(jax.tree.leaves(tree) for tree in (a, b, base)), strict=True):
-        d, e = (np.asarray(z, np.float64) - np.asarray(x0, np.float64) for z in (x, y))
-        product += float(np.sum(d * e))
-        against += float(np.sum(np.abs(d * e)[d * e < 0]))
-        squares += [np.sum(d * d), np.sum(e * e)]
-    together = product + against  # sum of d e where the signs agree
+    """Of two task vectors, the cosine and the share of magnitude that is lost when added."""
+    one, other, start = (_flat(tree) for tree in (a, b, base))
+    d, e = ((x["all"] - start["all"]).astype(np.float64) for x in (one, other))
+    length = float(np.sqrt(np.sum(d * d) * np.sum(e * e)))
     return {
-        "cosine": product / float(np.sqrt(squares.prod()) or 1.0),
-        "sign_conflict": against / (together + against or 1.0),
+        "cosine": float(np.sum(d * e)) / (length or 1.0),
+        "sign_conflict": float(sign_conflict([one, other], start)["all"]),
     }
 
 
-def path(a: Params, b: Params, points: int, score: Callable[[Params], float]) -> list[float]:
-    """Scores at equal distances on the line from one model to another."""
-    return [score(along(a, b, float(t))) for t in np.linspace(0, 1, points)]
-
-
-def barrier(scores: list[float]) -> float:
-    """The deepest the scores fall below the line between the ends; 0 if they never do."""
-    line = np.linspace(scores[0], scores[-1], len(scores))
-    return float(np.max(line - scores))
+def _flat(tree: Params) -> dict[str, np.ndarray]:
+    return {"all": np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(tree)])}

@@ -22,9 +22,11 @@ from .saliency import factored
 
 DENSITIES = (0.1, 0.2, 0.5, 1.0)
 SCALES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
-Curvature = Literal["none", "optimizer", "factored", "fisher"]
+Curvature = Literal["none", "optimizer", "factored", "fisher", "grams"]
 """Which curvature a method is given: what the optimizer holds (factored for moma and umtam, dense
-for AdamW), its row and column sums only, or the exact Fisher, which needs data."""
+for AdamW), its row and column sums only, or the exact Fisher or the Grams of all inputs, which need
+data."""
+EMBEDDINGS = ("words", "positions", "types")
 
 
 class Method(NamedTuple):
@@ -34,10 +36,13 @@ class Method(NamedTuple):
       make: Makes it; called without arguments for its defaults, and with a ``density`` and scale 1
         where it has these arguments.
       curvature: What it is given.
+      layers: Whether it is made for matrices that multiply activations: embeddings, whose fan-in
+        are 30,522 words, are averaged.
     """
 
-    make: Callable[..., merging.Step]
+    make: Callable[..., merging.Step | merging.Sequential]
     curvature: Curvature = "none"
+    layers: bool = False
 
     def settings(self) -> list[dict[str, float]]:
         """The grid of its settings, but for the scale of the result."""
@@ -73,19 +78,25 @@ METHODS: Mapping[str, Method] = {
     "Breadcrumbs": Method(merging.breadcrumbs),
     "DELLA": Method(merging.della),
     "SCE": Method(merging.sce),
+    "PCB": Method(merging.pcb),
     "consensus": Method(_consensus),
     "Model Stock": Method(merging.model_stock),
     "Karcher": Method(merging.karcher),
-    "KnOTS-TIES": Method(_knots_ties),
-    "TSV-M": Method(merging.tsv_m),
-    "Iso-C": Method(merging.iso_c),
-    "Iso-CTS": Method(merging.iso_cts),
-    "WUDI": Method(merging.wudi),
+    "KnOTS-TIES": Method(_knots_ties, layers=True),
+    "TSV-M": Method(merging.tsv_m, layers=True),
+    "Iso-C": Method(merging.iso_c, layers=True),
+    "Iso-CTS": Method(merging.iso_cts, layers=True),
+    "WUDI": Method(merging.wudi, layers=True),
+    "ACE": Method(merging.ace, layers=True),
+    "DOGE": Method(merging.doge, layers=True),
+    "OPCM": Method(merging.opcm, layers=True),
+    "RegMean (data)": Method(merging.regmean, "grams"),
     "Fisher (data)": Method(merging.fisher, "fisher"),
     "Fisher (data), normalised": Method(_weighed_by_one, "fisher"),
     "Fisher (data), root": Method(_weighed, "fisher"),
     "curvature": Method(_weighed_by_one, "optimizer"),
     "curvature, root": Method(_weighed, "optimizer"),
+    "Perturb-and-Merge": Method(merging.perturb_and_merge, "optimizer"),
     "OTA": Method(merging.ota, "optimizer"),
     "UMTAM": Method(merging.umtam, "optimizer"),
     "moma": Method(merging.moma, "optimizer"),
@@ -208,12 +219,19 @@ ABLATIONS: Mapping[str, Method] = {
 """The two merges with one step taken out or changed."""
 
 
-def given(method: Method, experts: Mapping[str, Expert], fishers: Mapping[str, Params]) -> Any:
+def given(
+    method: Method,
+    experts: Mapping[str, Expert],
+    fisher: Callable[[str], Params],
+    grams: Callable[[str], Any],
+) -> Any:
     """The curvatures a method is given, by expert; None if it needs none."""
     if method.curvature == "none":
         return None
     if method.curvature == "fisher":
-        return dict(fishers)
+        return {name: fisher(name) for name in experts}
+    if method.curvature == "grams":
+        return {name: grams(name) for name in experts}
     own = {name: expert.statistics.curvature for name, expert in experts.items()}
     if method.curvature == "factored":
         return {name: factored(curvature) for name, curvature in own.items()}
@@ -221,10 +239,35 @@ def given(method: Method, experts: Mapping[str, Expert], fishers: Mapping[str, P
 
 
 def merged(
-    step: merging.Step, experts: Mapping[str, Expert], base: Params, curvature: Any
-) -> Params:
+    method: Method, setting: Mapping[str, float], experts: Mapping[str, Expert], base: Params,
+    curvature: Any,
+) -> Params:  # fmt: skip
     """One encoder out of several."""
+    step = method.make(**setting)
     encoders = {name: expert.encoder for name, expert in experts.items()}
+    if not method.layers:
+        return _merge(step, encoders, base, curvature)
+
+    def part(tree: Params, embeddings: bool) -> Params:
+        return {k: v for k, v in tree.items() if (k in EMBEDDINGS) == embeddings}
+
+    whole: Params = {}
+    for embeddings in (True, False):
+        own = {name: part(encoder, embeddings) for name, encoder in encoders.items()}
+        step = merging.average() if embeddings else method.make(**setting)
+        whole |= _merge(step, own, part(base, embeddings), None)
+    return whole
+
+
+def _merge(
+    step: merging.Step | merging.Sequential, encoders: Mapping[str, Params], base: Params,
+    curvature: Any,
+) -> Params:  # fmt: skip
+    if isinstance(step, merging.Sequential):
+        state = step.init(base)
+        for name, encoder in encoders.items():
+            state = step.update(state, encoder, None if curvature is None else curvature[name])
+        return step.params(state)
     key = jax.random.key(0) if step.contract.key else None
     return om.merge(step, encoders, base=base, curvature=curvature, key=key)
 
@@ -246,7 +289,7 @@ def tried(
 ) -> Iterator[tuple[Choice, Params]]:
     """Every point of a method's grid that is looked at, with its merge."""
     for setting in method.settings():
-        whole = merged(method.make(**setting), experts, base, curvature)
+        whole = merged(method, setting, experts, base, curvature)
         for scale, value in climb(lambda s, whole=whole: score(along(base, whole, s)), SCALES):
             yield Choice(setting, scale, value), whole
 

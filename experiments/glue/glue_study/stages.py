@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import combinations, product
 from typing import Any, Literal
 
@@ -13,10 +13,11 @@ from rich.console import Console
 
 from optax_moma.demo.encoder import Params
 from optax_moma.demo.pipeline import along
+from optax_moma.diagnostics import barrier, interpolation_curve
 
 from . import measures, merges, saliency
 from .experts import Evaluator, Expert, Recipe, Study, about_expert, expert, machine
-from .fisher import fisher_of
+from .fisher import fisher_of, grams_of
 from .fisher import record as record_fisher
 from .merges import Choice, Method
 from .records import Records, numbers
@@ -235,11 +236,8 @@ def merge(
         recipes = {name: recipe_for(study, name, optimizer, seed) for name in names}
         experts = {name: expert(study, recipe) for name, recipe in recipes.items()}
         heads = {name: own.head for name, own in experts.items()}
-        fishers = (
-            {name: fisher_of(study, recipe) for name, recipe in recipes.items()}
-            if any(methods[name].curvature == "fisher" for name in todo if name in methods)
-            else {}
-        )
+        fisher = cache(lambda name, recipes=recipes: fisher_of(study, recipes[name]))
+        grams = cache(lambda name, recipes=recipes: grams_of(study, recipes[name]))
         ceiling = {
             part: {
                 name: _one(evaluate, name, own.head, part, own.encoder)
@@ -277,9 +275,9 @@ def merge(
         record("experts", ceiling[split])
         for name in (name for name in methods if name in todo):
             method = methods[name]
-            curvature = merges.given(method, experts, fishers)
+            curvature = merges.given(method, experts, fisher, grams)
             start = time.monotonic()
-            plain = jax.block_until_ready(merges.merged(method.make(), experts, base, curvature))
+            plain = jax.block_until_ready(merges.merged(method, {}, experts, base, curvature))
             seconds = time.monotonic() - start
             record(name, evaluate.primary(plain, heads, split), seconds=seconds)
             choice, whole = _tuned(
@@ -324,7 +322,7 @@ def _tuned(
     rows = tuning.where(**label)
     row = max(rows, key=lambda row: float(row["score"]))
     choice = Choice(json.loads(row["setting"]), float(row["scale"]), float(row["score"]))
-    return choice, merges.merged(method.make(**choice.setting), experts, base, curvature)
+    return choice, merges.merged(method, choice.setting, experts, base, curvature)
 
 
 # ------------------------------------------------------------------------------------- statistics
@@ -378,7 +376,7 @@ def pairs(study: Study, tasks: Sequence[str], optimizer: str, seed: int) -> None
             found = shares(evaluate.primary(encoder, heads, "dev"), ceiling)
             return float(np.mean(list(found.values())))
 
-        along_path = measures.path(one.encoder, other.encoder, POINTS, score)
+        curve = interpolation_curve(one.encoder, other.encoder, score, POINTS)
         records.add(
             optimizer=optimizer,
             seed=seed,
@@ -391,7 +389,7 @@ def pairs(study: Study, tasks: Sequence[str], optimizer: str, seed: int) -> None
             overlap_fisher=measures.overlap(
                 fisher_of(study, recipes[a]), fisher_of(study, recipes[b])
             ),
-            path=" ".join(f"{value:.4f}" for value in along_path),
-            barrier=measures.barrier(along_path),
+            path=" ".join(f"{value:.4f}" for value in curve.values),
+            barrier=float(barrier(curve.alphas, -curve.values)),
         )
         console.print(f"pair: {a}, {b} of {optimizer}, seed {seed}")
