@@ -34,11 +34,10 @@ from .records import Records
 EXAMPLES = 256
 
 
-def by_length(tokens: np.ndarray) -> Iterator[np.ndarray]:
-    """Texts in batches that are as long as their texts."""
-    longest = lengths(tokens)
-    for length in np.unique(longest):
-        yield tokens[longest == length, :length]
+def one_by_one(tokens: np.ndarray) -> Iterator[np.ndarray]:
+    """Texts as batches of one, as long as the text: few shapes, so that few are compiled."""
+    for text, length in zip(tokens, lengths(tokens), strict=True):
+        yield text[None, :length]
 
 
 def exact_fisher(graph: Any, trained: Expert, tokens: np.ndarray, classes: int) -> Params:
@@ -51,7 +50,7 @@ def exact_fisher(graph: Any, trained: Expert, tokens: np.ndarray, classes: int) 
     return merging.diagonal_fisher(
         apply,
         trained.encoder,
-        by_length(tokens),
+        one_by_one(tokens),
         likelihood="normal" if classes == 1 else "categorical",
     )
 
@@ -64,7 +63,7 @@ def grams_of(study: Study, recipe: Recipe) -> Any:
     def apply(encoder: Params, texts: jax.Array) -> jax.Array:
         return outputs(graph, {"encoder": encoder, "head": trained.head}, texts)
 
-    return merging.input_grams(apply, trained.encoder, by_length(tokens), mask=lambda t: t != 0)
+    return merging.input_grams(apply, trained.encoder, [tokens], mask=lambda t: t != 0)
 
 
 def fisher_of(study: Study, recipe: Recipe) -> Params:
