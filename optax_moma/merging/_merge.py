@@ -10,6 +10,7 @@ import numpy as np
 from optax_moma.merging._contract import Contract, Step, SummaryStep
 from optax_moma.merging._inputs import Checked, Path, checked_inputs, is_float, path_text
 from optax_moma.merging._leaf import LeafInputs, merged_dtype, stable_id, task_vectors
+from optax_moma.merging._unstack import unstacked
 
 Tree = Any
 
@@ -80,13 +81,16 @@ def merge(
 @jax.jit
 def merge_leaf(method: Step, inputs: LeafInputs) -> jax.Array:
     """Merges one leaf by a method that is ``prepared``: all arithmetic of a merge is here."""
-    leaf = task_vectors(inputs)
-    if leaf.delta.size:
-        leaf = method(leaf)
-    merged = (leaf.weight * leaf.delta)[0]
-    if leaf.base is not None:
-        merged = leaf.base + merged
-    return merged.astype(merged_dtype(inputs))
+
+    def merged(method: Step, inputs: LeafInputs) -> jax.Array:
+        leaf = task_vectors(inputs)
+        if leaf.delta.size:
+            leaf = method(leaf)
+        delta = (leaf.weight * leaf.delta)[0]
+        whole = delta if leaf.base is None else leaf.base + delta
+        return whole.astype(merged_dtype(inputs))
+
+    return unstacked(merged, len(inputs.experts))(method, inputs)
 
 
 def prepared(method: Step, leaves: Callable[[], Iterable[LeafInputs]]) -> Step:
