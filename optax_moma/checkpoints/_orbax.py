@@ -5,10 +5,11 @@ in the place of what is not wanted; and written one group at a time into a folde
 checkpoint only when it is finalized.
 """
 
+import functools
 import json
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import numpy as np
 import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
-from .._tree import key_name, path_name
+from .._tree import path_name
 
 
 def metadata(path: Path, item: str | None) -> Any:
@@ -64,11 +65,9 @@ def read(path: Path, item: str | None, tree: Any, names: Collection[str]) -> dic
       ValueError: if an array cannot be read.
     """
     wanted = set(names)
-    if store := _Store.of(path, item):
-        stored = {
-            path_name(keys): (keys, x) for keys, x in jax.tree_util.tree_leaves_with_path(tree)
-        }
-        return store.read({name: stored[name] for name in wanted})
+    store = _store_of(path, item)
+    if store is not None and wanted <= store.keys.keys():
+        return store.read(names)
 
     def place(keys: Any, x: Any) -> Any:
         return np.empty(x.shape, x.dtype) if path_name(keys) in wanted else ...
@@ -90,44 +89,52 @@ class _Store(NamedTuple):
       folder: The folder with the arrays.
       driver: TensorStore's name of the format.
       one_file: Whether the arrays lie in one key-value store, OCDBT, and not in a folder each.
+      keys: What each array is called in the store, by its path in the tree.
     """
 
     folder: Path
     driver: str
     one_file: bool
+    keys: dict[str, str]
 
-    @classmethod
-    def of(cls, path: Path, item: str | None) -> "_Store | None":
-        """Returns the store of a tree; None for a layout that only Orbax knows how to read."""
-        folders = [path] if item is None else []
-        folders += [path / name for name in ([item] if item else ["state", "default"])]
-        found = [folder for folder in folders if (folder / "_METADATA").is_file()]
-        if len(found) != 1:
-            return None
-        about = json.loads((found[0] / "_METADATA").read_text())
-        one_file = (found[0] / "manifest.ocdbt").is_file()
-        return cls(found[0], "zarr3" if about.get("use_zarr3") else "zarr", one_file)
-
-    def read(self, leaves: Mapping[str, tuple[Any, Any]]) -> dict[str, np.ndarray]:
+    def read(self, names: Collection[str]) -> dict[str, np.ndarray]:
         """Reads arrays, all at once, by their paths in the tree."""
-        opened = {
-            name: ts.open(self._spec(keys), open=True, read=True)
-            for name, (keys, _) in leaves.items()
-        }
+        specs = {name: self._spec(self.keys[name]) for name in names}
+        opened = {name: ts.open(spec, open=True, read=True) for name, spec in specs.items()}
         pending = {name: future.result().read() for name, future in opened.items()}
-        arrays = {name: future.result() for name, future in pending.items()}
-        for name, (_, like) in leaves.items():
-            if arrays[name].shape != like.shape or arrays[name].dtype != like.dtype:
-                raise ValueError(f"{name} has not the shape and dtype that the metadata tell")
-        return arrays
+        return {name: future.result() for name, future in pending.items()}
 
-    def _spec(self, keys: Any) -> dict[str, Any]:
-        name = ".".join(key_name(key) for key in keys)
-        place: dict[str, Any] = {"driver": "file", "path": f"{self.folder}/{name}/"}
+    def _spec(self, key: str) -> dict[str, Any]:
+        place: dict[str, Any] = {"driver": "file", "path": f"{self.folder}/{key}/"}
         if self.one_file:
             folder = {"driver": "file", "path": f"{self.folder}/"}
-            place = {"driver": "ocdbt", "base": folder, "path": f"{name}/"}
+            place = {"driver": "ocdbt", "base": folder, "path": f"{key}/"}
         return {"driver": self.driver, "kvstore": place}
+
+
+def _store_of(path: Path, item: str | None) -> _Store | None:
+    """Returns the store of a tree; None for a layout that only Orbax knows how to read."""
+    folders = [path] if item is None else []
+    folders += [path / name for name in ([item] if item else ["state", "default"])]
+    found = [folder for folder in folders if (folder / "_METADATA").is_file()]
+    if len(found) != 1:
+        return None
+    return _opened_store(found[0], (found[0] / "_METADATA").stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=32)
+def _opened_store(folder: Path, modified: int) -> _Store | None:
+    del modified  # Another checkpoint may come to lie in the place of this one.
+    about = json.loads((folder / "_METADATA").read_text())
+    if "tree_metadata" not in about:
+        return None
+    keys = [
+        [str(key["key"]) for key in leaf["key_metadata"]]
+        for leaf in about["tree_metadata"].values()
+    ]
+    names = {"/".join(key): ".".join(key) for key in keys}
+    driver = "zarr3" if about.get("use_zarr3") else "zarr"
+    return _Store(folder, driver, (folder / "manifest.ocdbt").is_file(), names)
 
 
 def steps(path: Path) -> dict[int, Path]:

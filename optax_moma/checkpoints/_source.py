@@ -388,10 +388,10 @@ class CurvatureOf(NamedTuple):
         if need.kind == "file":
             return fields["dense"] if "dense" in fields else Factored(**fields)
         scalars = {field: arrays[stored] for field, stored in need.scalars.items()}
-        # The part of the state that holds this leaf, with the field names it is known by.
-        known_by = {field: {} for field in _curvature.KNOWN_BY[need.kind]}
-        state = known_by | {field: {name: x} for field, x in fields.items()} | scalars
-        return _curvature.curvature_from(state, {name: leaf}, b2=self.b2)[name]
+        try:
+            return _from_state(fields, scalars, need.kind, self.b2, leaf)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
     def abstract(self, name: str, leaf: Abstract) -> Any:
         """Returns the shapes and dtypes of ``assembled``."""
@@ -463,6 +463,20 @@ def _of_model(model: Model, needs: dict[str, Need]) -> dict[str, Need]:
         if known is not None:
             found[name] = needs[known]
     return found
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "b2", "leaf"))
+def _from_state(
+    fields: dict[str, Any], scalars: dict[str, Any], kind: str, b2: float, leaf: Abstract
+) -> Any:
+    """Returns a leaf's curvature from the part of an optimizer's state that holds this leaf.
+
+    Compiled once for all leaves of a shape, whatever their names.
+    """
+    # Its state has the field names that the kind is known by.
+    known_by = {field: {} for field in _curvature.KNOWN_BY[kind]}
+    state = known_by | {field: {"leaf": x} for field, x in fields.items()} | scalars
+    return _curvature.curvature_from(state, {"leaf": leaf}, b2=b2)["leaf"]
 
 
 @dataclass(frozen=True)

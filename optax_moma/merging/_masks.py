@@ -32,7 +32,7 @@ class Band:
         """Multiplies the weights by the mask."""
         bits = _select.ordered_bits(jnp.abs(leaf.delta))
         n = bits.size // bits.shape[0]
-        outliers = jnp.floor(jnp.asarray(self.top, jnp.float32) * n).astype(jnp.uint32)
+        outliers = _select.share(self.top, n)
         rank = jnp.minimum(outliers + _select.kept_count(self.density, n), n)
         low, high = _select.kth_largest(bits, rank), _select.kth_largest(bits, outliers)
         # The "0-th largest" is above all scores, so that no outliers are dropped at top = 0.

@@ -100,23 +100,23 @@ def _bound(equation: Any, inputs: Any, **changed: Any) -> list[Any]:
 def _sliced(equation: Any, inputs: list[Any], k: int) -> Any:
     """Returns the result of an operation that can be made on slices, or None."""
     name, params = equation.primitive.name, equation.params
-    shape = getattr(equation.outvars[0].aval, "shape", ())
+    shape: tuple[int, ...] = getattr(equation.outvars[0].aval, "shape", ())
     if params.get("sharding") is not None:
         return None
     one = lambda t, **changed: _bound(equation, [_slice(x, t) for x in inputs], **changed)[0]  # noqa: E731
     each = lambda **changed: _Slices(tuple(one(t, **changed) for t in range(k)))  # noqa: E731
 
     # What makes a stack: arrays side by side, or a number for each expert.
-    if name == "stack" and params["axis"] == 0 and shape[0] == k:
+    if name == "stack" and params["axis"] == 0 and shape[:1] == (k,):
         return _Slices(tuple(map(_array, inputs)))
-    if name == "concatenate" and params["dimension"] == 0 and shape[0] == len(inputs) == k:
+    if name == "concatenate" and params["dimension"] == 0 and shape[:1] == (len(inputs),) == (k,):
         return _Slices(tuple(_slice(x, 0) for x in inputs))
     if name == "broadcast_in_dim" and len(shape) > 1 and shape[0] == k:
         (x,), axes = inputs, params["broadcast_dimensions"]
         changed = {"shape": shape[1:], "broadcast_dimensions": tuple(a - 1 for a in axes if a)}
         if 0 in axes and equation.invars[0].aval.shape[0] == k:
             return each(**changed)
-        x = x if 0 not in axes else _slice(x, 0)
+        x = _slice(_array(x), 0) if 0 in axes else _array(x)
         return _Slices(tuple(_bound(equation, [x], **changed)) * k)
 
     if name == "squeeze" and params["dimensions"] == (0,) and isinstance(inputs[0], _Slices):

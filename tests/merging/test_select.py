@@ -55,6 +55,20 @@ def test_kept_count(n, density):
     assert int(_select.kept_count(density, n)) == exact
 
 
+def test_counts_of_many_entries_are_exact():
+    """float32 holds no integers above 2**24; decimals are exact all the same, traced or not."""
+    rng = np.random.default_rng(0)
+    millionths = np.concatenate([rng.integers(0, 10**6 + 1, 2000), 10 ** np.arange(7)])
+    n = rng.integers(1, 1 << 32, len(millionths)).astype(np.uint32)
+    n[::7] = (1 << 32) - 1
+    found = jax.jit(jax.vmap(_select.share))((millionths / 1e6).astype(np.float32), n)
+    exact = [p * int(m) // 10**6 for p, m in zip(millionths.tolist(), n, strict=True)]
+    np.testing.assert_array_equal(found, np.array(exact, np.uint32))
+    assert int(_select.kept_count(0.2, 123_456_789)) == 24_691_357
+    third = float(_select.share(1 / 3, 3_000_000_000))
+    assert abs(third / 1e9 - 1) < 2**-23
+
+
 def test_threshold_of_many_entries_is_exact():
     rng = np.random.default_rng(0)
     x = np.abs(rng.normal(size=(2, 300_000))).astype(np.float32)
