@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import resource
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -144,9 +145,12 @@ def peak_bytes() -> int:
     return 1024 * int(found[1]) if found else 0
 
 
-def own_process(command: str, what: str, folder: Path, chunk_bytes: int) -> dict[str, Any]:
+def own_process(
+    command: str, what: str, folder: Path, chunk_bytes: int, launcher: str
+) -> dict[str, Any]:
     """What a command of this file prints when it is run by itself."""
-    arguments = [sys.executable, __file__, command, what, str(folder), str(chunk_bytes)]
+    python = [*shlex.split(launcher), sys.executable, __file__]
+    arguments = [*python, command, what, str(folder), str(chunk_bytes)]
     done = subprocess.run(arguments, stdout=subprocess.PIPE, text=True, check=True)
     shutil.rmtree(folder / MERGED, ignore_errors=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -170,6 +174,7 @@ def run(
     method: Annotated[list[str] | None, typer.Option(help="only these")] = None,
     doubled: Annotated[bool, typer.Option(help="also with half as many layers")] = True,
     folder: Annotated[Path | None, typer.Option(help="where there is room: 5 GB")] = None,
+    launcher: Annotated[str, typer.Option(help="such as 'taskset -c 0,1'")] = "",
     output: Path = RESULTS,
 ) -> None:
     """Time, processor seconds and memory of each method, beside a plain copy."""
@@ -183,7 +188,7 @@ def run(
             models = place / f"{count}"
             models.mkdir()
             write_models(models, transformer(count, width, vocabulary), dtype, experts)
-            rows += measured(models, names, rounds if count == layers else 1, chunk_bytes)
+            rows += measured(models, names, rounds if count == layers else 1, chunk_bytes, launcher)
             for row in rows:
                 row.setdefault("layers", count)
             shutil.rmtree(models)
@@ -208,7 +213,7 @@ def measured(folder: Path, names: list[str], rounds: int, chunk_bytes: int) -> l
     for i in range(rounds):
         turn = i % len(everything)
         for name in everything[turn:] + everything[:turn]:
-            found[name].append(own_process("measure", name, folder, chunk_bytes))
+            found[name].append(own_process("measure", name, folder, chunk_bytes, launcher))
     rows = []
     for name in everything:
         row: dict[str, Any] = {"method": name}
@@ -219,7 +224,9 @@ def measured(folder: Path, names: list[str], rounds: int, chunk_bytes: int) -> l
                 ratios = [a / b[unit] for a, b in zip(values, found[copied], strict=True)]
                 row[f"{unit}_ratio{suffix}"] = f"{statistics.median(ratios):.3f}"
         row["peak_mb"] = f"{max(run['peak'] for run in found[name]) / 1e6:.0f}"
-        plan = own_process("predict", name, folder, chunk_bytes) if name in names else None
+        plan = (
+            own_process("predict", name, folder, chunk_bytes, launcher) if name in names else None
+        )
         row["predicted_mb"] = f"{plan['peak'] / 1e6:.0f}" if plan else ""
         row["plan_seconds"] = f"{plan['seconds']:.2f}" if plan else ""
         rows.append(row)
