@@ -206,7 +206,9 @@ def run(
         writer.writerows([*kept, *rows])
 
 
-def measured(folder: Path, names: list[str], rounds: int, chunk_bytes: int) -> list[dict[str, Any]]:
+def measured(
+    folder: Path, names: list[str], rounds: int, chunk_bytes: int, launcher: str
+) -> list[dict[str, Any]]:
     """One row per method: medians over the rounds."""
     everything = [COPY, COPY_AND_BASE, *names]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in everything}
