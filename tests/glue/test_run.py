@@ -21,7 +21,7 @@ def study(small, monkeypatch, tmp_path):
     spec.loader.exec_module(module)
     opened = small._replace(results=tmp_path / "results")
     monkeypatch.setattr(module, "open_study", lambda *_: opened)
-    methods = {name: merges.METHODS[name] for name in ("TIES", "moma")}
+    methods = {name: merges.METHODS[name] for name in ("RegMean (data)", "moma")}
     monkeypatch.setattr(module, "METHODS", methods)
     monkeypatch.setattr(module, "ABLATIONS", {"moma": methods["moma"]})
     monkeypatch.setattr(fisher, "EXAMPLES", 4)
