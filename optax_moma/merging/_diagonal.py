@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from optax_moma.merging import _metric, _select, _steps
 from optax_moma.merging._contract import Contract, check_number
 from optax_moma.merging._leaf import TaskVectors, combined, sum_experts
+from optax_moma.merging._matrices import EachMatrix, check_axes
 from optax_moma.merging._steps import Chain, Number, chain
 
 
@@ -254,8 +255,6 @@ class Umtam:
     def __call__(self, leaf: TaskVectors) -> TaskVectors:
         """Combines the task vectors of a matrix."""
         d = leaf.delta
-        if d.ndim != 3:
-            return combined(leaf, jnp.zeros(d.shape[1:], d.dtype))
         assert leaf.curvature is not None
         v = jnp.stack([r * c for r, c in (_metric.factors(v, d.dtype) for v in leaf.curvature)])
         R = jnp.maximum(jnp.sum(v, axis=2, keepdims=True), _UMTAM_FLOOR)
@@ -273,7 +272,7 @@ class Umtam:
         return combined(leaf, sum_experts(w * d) / jnp.maximum(sum_experts(w), _UMTAM_FLOOR))
 
 
-def umtam(density: Number = 0.2) -> Chain:
+def umtam(density: Number = 0.2, *, axes: str = "mn") -> Chain:
     """Merges matrices as the published method does, step by step, for comparison.
 
     For each matrix, with R_t and C_t the row and column sums of the curvature v_t:
@@ -290,12 +289,13 @@ def umtam(density: Number = 0.2) -> Chain:
 
     Args:
       density: Share of entries kept in each matrix of each expert, from 0 to 1.
+      axes: Which leaves are matrices, as in ``tsv_m``.
 
     Returns:
       A method for ``merge``.
 
     Raises:
-      ValueError: if the density is out of range.
+      ValueError: if the density is out of range, or ``axes`` name no matrices.
 
     Example:
       >>> from optax_moma.merging import merge, umtam
@@ -308,4 +308,4 @@ def umtam(density: Number = 0.2) -> Chain:
     Optimization" (arXiv 2512.17109), Algorithm 2 as in the authors' code.
     """
     check_number("density", density, 0, 1)
-    return chain(Umtam(density))
+    return chain(EachMatrix(Umtam(density), check_axes(axes), average=False))

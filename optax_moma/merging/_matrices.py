@@ -7,11 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_moma._matrix import Layout
+from optax_moma._matrix import Layout, reshard, sharding_of
 from optax_moma._moments import Factored
 from optax_moma.merging._contract import Contract, Step
-from optax_moma.merging._leaf import TaskVectors, combined
+from optax_moma.merging._leaf import Curvature, TaskVectors, combined
+from optax_moma.merging._metric import factors
 from optax_moma.merging._steps import weighted_mean
 
 
@@ -20,12 +22,13 @@ from optax_moma.merging._steps import weighted_mean
 class EachMatrix:
     """Lets a step that combines matrices (m, n) merge each matrix of a leaf, one after the other.
 
-    Leaves that are no matrices are averaged. Which are, ``axes`` says, see ``tsv_m``; without axes
-    the Grams of a leaf.
+    Leaves that are no matrices are averaged, or stay at the base if not ``average``. Which are,
+    ``axes`` says, see ``tsv_m``; without axes the Grams of a leaf.
     """
 
     step: Step
     axes: str | None = field(default=None, metadata={"static": True})
+    average: bool = field(default=True, metadata={"static": True})
 
     @property
     def contract(self) -> Contract:
@@ -40,18 +43,26 @@ class EachMatrix:
         elif leaf.curvature is not None and not isinstance(leaf.curvature[0], Factored):
             layout = gram_layout(leaf.curvature[0].shape, shape)
         if layout is None:
-            return combined(leaf, weighted_mean(leaf))
-        stack = layout.matrix_shape[:-2]
-        if not stack and shape == layout.matrix_shape:
-            return self.step(leaf)
-        matrices = _matrices(leaf, layout)
-        if stack:
-            # One after the other: the decompositions of a stack need the memory of one matrix.
-            merged = jax.lax.map(partial(_merged, self.step), matrices)
+            rest = weighted_mean(leaf) if self.average else jnp.zeros_like(leaf.delta[0])
+            return combined(leaf, rest)
+        whole = jax.tree.map(gathered, leaf._replace(keys=None))._replace(keys=leaf.keys)
+        if layout.matrix_shape == shape and len(shape) == 2:
+            merged = _merged(self.step, whole)
+        elif len(layout.matrix_shape) == 2:
+            alone = jax.tree.map(lambda x: x[0], _matrices(whole, layout, self.contract.gram))
+            merged = _merged(self.step, alone._replace(keys=leaf.keys))
         else:
-            merged = _merged(self.step, jax.tree.map(lambda x: x[0], matrices))
-        base = leaf.delta[0] if leaf.base is None else leaf.base
-        return combined(leaf, layout.from_matrix(merged.reshape(layout.matrix_shape), base))
+            # One after the other: the decompositions of a stack need the memory of one matrix.
+            stack = _matrices(whole, layout, self.contract.gram)
+            merged = jax.lax.map(partial(_merged, self.step), stack)
+        merged = layout.from_matrix(merged.reshape(layout.matrix_shape), leaf.delta[0])
+        return combined(leaf, merged)
+
+
+def gathered(x: jax.Array) -> jax.Array:
+    """Returns an array whole on every device, which decompositions want on explicit meshes."""
+    sharding = sharding_of(x)
+    return x if sharding is None else reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
 def _merged(step: Step, leaf: TaskVectors) -> jax.Array:
@@ -59,27 +70,32 @@ def _merged(step: Step, leaf: TaskVectors) -> jax.Array:
     return (merged.weight * merged.delta)[0]
 
 
-def _matrices(leaf: TaskVectors, layout: Layout) -> TaskVectors:
+def _matrices(leaf: TaskVectors, layout: Layout, gram: bool) -> TaskVectors:
     """Returns the records of all matrices of a leaf, stacked along a first axis."""
-    shape = layout.matrix_shape[-2:]
+    m, n = layout.matrix_shape[-2:]
 
     def one(x: jax.Array) -> jax.Array:
-        return layout.to_matrix(x).reshape(-1, *shape)
+        return layout.to_matrix(x).reshape(-1, m, n)
 
     def experts(x: jax.Array) -> jax.Array:
         return jnp.stack([one(x_t) for x_t in x], axis=1)
 
+    def curvature(v: Curvature) -> jax.Array:
+        row, col = factors(v, leaf.delta.dtype)
+        return row.reshape(-1, m, m) if gram else one(jnp.broadcast_to(row * col, layout.shape))
+
+    def own(i: jax.Array) -> jax.Array:
+        return jax.lax.map(lambda key: jax.random.fold_in(key, i), leaf.keys)
+
     delta = experts(leaf.delta)
-    keys = leaf.keys
-    if keys is not None:
-        count = jnp.arange(delta.shape[0])
-        keys = jax.lax.map(lambda i: jax.lax.map(lambda k: jax.random.fold_in(k, i), keys), count)
-    curvature = leaf.curvature
-    if curvature is not None:
-        # Only Grams come here: what estimates each entry has no meaning in a matrix method.
-        curvature = tuple(jnp.reshape(jnp.asarray(g), (-1, shape[0], shape[0])) for g in curvature)
-    base = None if leaf.base is None else one(leaf.base)
-    return TaskVectors(delta, experts(leaf.weight), base, curvature, keys)
+    keys = None if leaf.keys is None else jax.lax.map(own, jnp.arange(delta.shape[0]))
+    return TaskVectors(
+        delta,
+        experts(leaf.weight),
+        None if leaf.base is None else one(leaf.base),
+        None if leaf.curvature is None else tuple(map(curvature, leaf.curvature)),
+        keys,
+    )
 
 
 def layout_of(axes: str, shape: tuple[int, ...]) -> Layout | None:

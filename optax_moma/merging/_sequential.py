@@ -17,7 +17,7 @@ from optax_moma.merging import _metric
 from optax_moma.merging._contract import Contract, check_number
 from optax_moma.merging._inputs import checked_inputs, is_float
 from optax_moma.merging._leaf import Curvature
-from optax_moma.merging._matrices import check_axes, layout_of
+from optax_moma.merging._matrices import check_axes, gathered, layout_of
 from optax_moma.merging._steps import Number
 from optax_moma.merging._trees import Tree, each_float, moved, wide
 
@@ -240,7 +240,7 @@ def _projected(state: Opcm, arrival: Tree, alpha: Number, axes: str) -> Opcm:
         if layout is None or not total.size:
             return total + new.delta, new.delta
         shape = (-1, *layout.matrix_shape[-2:])
-        pairs = tuple(layout.to_matrix(x).reshape(shape) for x in (total, new.delta))
+        pairs = tuple(layout.to_matrix(gathered(x)).reshape(shape) for x in (total, new.delta))
         rest = jax.lax.map(lambda pair: _orthogonal(pair[0], pair[1], alpha), pairs)
         return total + layout.from_matrix(rest.reshape(layout.matrix_shape), total), new.delta
 

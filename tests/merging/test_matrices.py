@@ -4,7 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from optax_moma._moments import Factored
 from optax_moma.checkpoints import Recipe
 from optax_moma.checkpoints._recipe import build_method
 from optax_moma.merging import (
@@ -20,6 +23,7 @@ from optax_moma.merging import (
     merge,
     regmean,
     tsv_m,
+    umtam,
     wudi,
     wudi_adam,
 )
@@ -81,6 +85,24 @@ def test_axes_name_the_matrix(axes, shape, change):
     np.testing.assert_allclose(change(merged), want, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("factored", [False, True])
+def test_the_published_merge_of_a_stack(factored):
+    base, experts = problem((LAYERS, M, N))
+    rng = np.random.default_rng(2)
+    shapes = [(LAYERS, M, 1), (LAYERS, 1, N)] if factored else [(LAYERS, M, N)]
+    parts = [[rng.lognormal(size=s).astype(np.float32) for s in shapes] for _ in range(K)]
+    curvature = [{"w": Factored(*p) if factored else p[0]} for p in parts]
+    merged = merge(umtam(0.4, axes="bmn"), experts, base=base, curvature=curvature)["w"]
+    for i in range(LAYERS):
+        one, ones = mapped(lambda x, i=i: x[i], base, experts)
+        own = [{"w": Factored(*(x[i] for x in p)) if factored else p[0][i]} for p in parts]
+        want = merge(umtam(0.4), ones, base=one, curvature=own)["w"]
+        np.testing.assert_allclose(merged[i], want, rtol=2e-6, atol=2e-6)
+    # What is no matrix stays at the base, as published.
+    flat = merge(umtam(0.4), experts, base=base, curvature=curvature)["w"]
+    np.testing.assert_array_equal(flat, base["w"])
+
+
 def test_biases_of_stacked_layers_are_averaged():
     base, experts = problem((LAYERS, N))
     merged = merge(tsv_m(axes="bmn"), experts, base=base)
@@ -123,6 +145,25 @@ def test_grams_of_another_kernel_are_named():
     other = {"w": np.eye(LAYERS * M, dtype=np.float32)}
     with pytest.raises(ValueError, match=r"w: Grams of shapes \(3, 6, 6\), \(18, 18\); give all"):
         merge(regmean(), experts, curvature=[right, other])
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("axes", ["mn", "nm"])
+def test_on_a_mesh_of_four_devices(kind, axes):
+    """With shardings in types, decompositions ask for matrices that are whole."""
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(getattr(AxisType, kind),) * 2)
+    base, experts = problem((M, N))
+    put, puts = mapped(lambda x: jax.device_put(x, NamedSharding(mesh, P("a", "b"))), base, experts)
+    for method in (
+        tsv_m(axes=axes),
+        wudi(axes=axes),
+        ace(1e-2, axes=axes),
+        doge(steps=2, axes=axes),
+    ):
+        merged = merge(method, puts, base=put)["w"]
+        assert merged.sharding.is_equivalent_to(put["w"].sharding, 2)
+        want = merge(method, experts, base=base)["w"]
+        np.testing.assert_allclose(merged, want, rtol=1e-5, atol=1e-5)
 
 
 def test_every_matrix_of_a_stack_draws_for_itself():
