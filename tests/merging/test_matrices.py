@@ -161,7 +161,8 @@ def test_on_a_mesh_of_four_devices(kind, axes):
         doge(steps=2, axes=axes),
     ):
         merged = merge(method, puts, base=put)["w"]
-        assert merged.sharding.is_equivalent_to(put["w"].sharding, 2)
+        # On an automatic mesh the compiler chooses.
+        assert kind == "Auto" or merged.sharding.is_equivalent_to(put["w"].sharding, 2)
         want = merge(method, experts, base=base)["w"]
         np.testing.assert_allclose(merged, want, rtol=1e-5, atol=1e-5)
 
