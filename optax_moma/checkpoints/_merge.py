@@ -4,6 +4,8 @@ The arithmetic is that of ``optax_moma.merge``, one leaf at a time: so the bits 
 in memory, however the leaves are grouped.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -100,7 +102,7 @@ def merge(
       A ``Merged``.
 
     Raises:
-      FileExistsError: if there is something at ``output``.
+      FileExistsError: if there is something at ``output``, or another merge is writing it.
       ValueError: if anything is wrong with the recipe or the inputs, with all that is wrong.
         Nothing is written then.
 
@@ -118,14 +120,76 @@ def merge(
     """
     start = time.monotonic()
     recipe, output = Recipe.of(recipe), Path(output).absolute()
-    if output.exists() and not force:
-        raise FileExistsError(f"{output} exists; name another output, or replace it with force")
+    _refuse_to_replace(output, force)
     job = open_job(recipe)
     for label, source in job.paths.items():
         if output == source or output in source.parents or source in output.parents:
             job.problems.append(f"the output {output} would be in the place of {label}")
     raise_problems(job)
 
+    with _only_writer(output):
+        _refuse_to_replace(output, force)
+        return _streamed(job, output, chunk_bytes, progress, start)
+
+
+def load(path: Path | str, *, item: str | None = None, params: str | None = None) -> Any:
+    """Loads the params of a checkpoint as a merge sees them, into memory.
+
+    Args:
+      path: An Orbax checkpoint, a safetensors file, or a folder of those.
+      item: The name of the tree, in an Orbax checkpoint that has several.
+      params: The path of the params in the tree; by default they are searched for.
+
+    Returns:
+      A tree of dicts and lists. The names of safetensors are split at their dots.
+
+    Raises:
+      ValueError: if there is nothing that can be read.
+
+    Example:
+      >>> import tempfile
+      >>> from orbax.checkpoint import v1 as ocp
+      >>> folder = tempfile.mkdtemp()
+      >>> ocp.save(f"{folder}/state", {"params": {"w": jnp.ones(2)}, "step": jnp.array(3)})
+      >>> load(f"{folder}/state")
+      {'w': Array([1., 1.], dtype=float32)}
+    """
+    checkpoint = open_checkpoint(Path(path), item)
+    model = open_model(str(path), checkpoint, params)
+    arrays = checkpoint.read(list(model.stored.values()))
+    return jax.tree.map(lambda name: jnp.asarray(arrays[model.stored[name]]), model.tree)
+
+
+def _refuse_to_replace(output: Path, force: bool) -> None:
+    if output.exists() and not force:
+        raise FileExistsError(f"{output} exists; name another output, or replace it with force")
+
+
+@contextlib.contextmanager
+def _only_writer(output: Path) -> Iterator[None]:
+    """Holds a lock that the system takes back when a process ends, in whatever way."""
+    path = output.with_name(output.name + ".merging.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The file is deleted by whoever had the lock last.
+            held = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+        except BlockingIOError:
+            held = False
+        if not held:
+            raise FileExistsError(
+                f"Another merge is writing {output}; wait for it to end, or name another output."
+            )
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _streamed(
+    job: Job, output: Path, chunk_bytes: int, progress: Progress | None, start: float
+) -> Merged:
     staging = output.with_name(output.name + ".merging")
     done = _resumed(staging, _identity(job), output)
     total = sum(
@@ -184,34 +248,6 @@ def merge(
         time.monotonic() - start,
         job.warnings,
     )
-
-
-def load(path: Path | str, *, item: str | None = None, params: str | None = None) -> Any:
-    """Loads the params of a checkpoint as a merge sees them, into memory.
-
-    Args:
-      path: An Orbax checkpoint, a safetensors file, or a folder of those.
-      item: The name of the tree, in an Orbax checkpoint that has several.
-      params: The path of the params in the tree; by default they are searched for.
-
-    Returns:
-      A tree of dicts and lists. The names of safetensors are split at their dots.
-
-    Raises:
-      ValueError: if there is nothing that can be read.
-
-    Example:
-      >>> import tempfile
-      >>> from orbax.checkpoint import v1 as ocp
-      >>> folder = tempfile.mkdtemp()
-      >>> ocp.save(f"{folder}/state", {"params": {"w": jnp.ones(2)}, "step": jnp.array(3)})
-      >>> load(f"{folder}/state")
-      {'w': Array([1., 1.], dtype=float32)}
-    """
-    checkpoint = open_checkpoint(Path(path), item)
-    model = open_model(str(path), checkpoint, params)
-    arrays = checkpoint.read(list(model.stored.values()))
-    return jax.tree.map(lambda name: jnp.asarray(arrays[model.stored[name]]), model.tree)
 
 
 class _Meter:

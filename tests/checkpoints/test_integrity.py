@@ -111,6 +111,40 @@ def test_what_is_resumed_is_checked(many_leaves):
     np.testing.assert_allclose(merged, (a + b) / 2, rtol=1e-6)
 
 
+def test_two_merges_to_one_output(many_leaves):
+    """The second is told, and nothing is written; a lock of a process that died holds nobody up."""
+    recipe, output = many_leaves / "recipe.yaml", many_leaves / "contested"
+
+    def second(done, total):
+        if not refused:
+            with pytest.raises(FileExistsError, match="Another merge is writing") as error:
+                checkpoints.merge(recipe, output, force=True)
+            refused.append(error)
+
+    refused = []
+    output.with_name("contested.merging.lock").touch()
+    checkpoints.merge(recipe, output, progress=second)
+    assert refused and checkpoints.verify(output).problems == []
+    assert not output.with_name("contested.merging.lock").exists()
+
+
+def test_random_merges_do_not_depend_on_the_process(world, tmp_path, monkeypatch):
+    """The same draws under another PYTHONHASHSEED, order of experts, and chunks."""
+    recipe = world.recipe([{"name": "drop", "density": 0.5}, "total"], seed=3)
+    checkpoints.merge(recipe, tmp_path / "here", chunk_bytes=1)
+    recipe["experts"] = dict(reversed(recipe["experts"].items()))
+    code = "import json, sys; from optax_moma import checkpoints\n"
+    code += "checkpoints.merge(json.loads(sys.argv[1]), sys.argv[2])"
+    monkeypatch.setenv("PYTHONHASHSEED", "12345")
+    done = python(code, json.dumps(recipe), tmp_path / "there")
+    assert done.returncode == 0, done.stderr
+    here, there = (
+        json.loads((tmp_path / n / "manifest.json").read_text())["leaves"]
+        for n in ("here", "there")
+    )
+    assert here == there
+
+
 def flip(file: Path, bit: int) -> None:
     content = bytearray(file.read_bytes())
     content[bit // 8] ^= 1 << (bit % 8)
