@@ -88,3 +88,14 @@ def test_mergekit_comparison(tmp_path, monkeypatch):
     assert theirs[0] == str(Path("env/bin/mergekit-pytorch"))
     recipe = json.loads(Path(theirs[1]).read_text())
     assert recipe["merge_method"] == "ties" and len(recipe["models"]) == 3
+
+
+def test_streaming(tmp_path):
+    """Beside two copies, in processes of their own, and what the plan predicts."""
+    pytest.importorskip("orbax.checkpoint")
+    module = script("streaming")
+    module.write_models(tmp_path, module.transformer(1, 32, 64), "float32", k=2)
+    rows = module.measured(tmp_path, ["average"], rounds=1, chunk_bytes=1 << 20, launcher="")
+    assert [row["method"] for row in rows] == [module.COPY, module.COPY_AND_BASE, "average"]
+    assert rows[0]["seconds_ratio"] == "1.000" and float(rows[2]["cpu"]) > 0
+    assert float(rows[2]["predicted_mb"]) > 0 and not (tmp_path / module.MERGED).exists()

@@ -2,7 +2,6 @@
 
     python experiments/streaming/run.py run                      # 1 GB float32 models
     python experiments/streaming/run.py run --dtype bfloat16     # 1 GB bfloat16 models
-    python experiments/streaming/run.py plan                     # the plan of a merge of 7 B models
 
 A plain copy reads the parameters of k experts with Orbax and writes one of them with the same
 options; nothing less can be called a merge. Every measurement is a process of its own, so that its

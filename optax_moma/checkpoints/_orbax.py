@@ -82,8 +82,8 @@ def read(path: Path, item: str | None, tree: Any, names: Collection[str]) -> dic
 class _Store(NamedTuple):
     """Where and how Orbax keeps the arrays of a tree, in the format of zarr.
 
-    For every call Orbax looks at all leaves of a checkpoint again, the optimizer's too: 0.2 s for
-    1500 leaves, which is as long as it takes to read 0.1 GB. A merge calls many times.
+    For every call Orbax looks at all leaves of a checkpoint again, the optimizer's too, which for a
+    thousand of them takes as long as to read 0.1 GB. A merge calls many times.
 
     Attributes:
       folder: The folder with the arrays.
