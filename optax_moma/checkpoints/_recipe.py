@@ -382,19 +382,33 @@ def _problems(error: Any) -> list[str]:
 
 
 _MOST_BYTES = 1 << 20
+_MOST_NODES = 100_000
 _QUOTES = "; a glob that starts with * stands in quotes"
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """Builds plain data only: no tags of Python's, no key twice, no aliases, which can explode."""
+def _written_out(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Counts the parts of a document with each alias written out; one of itself has no end."""
+    if id(node) not in sizes:
+        sizes[id(node)] = _MOST_NODES
+        parts = []
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            parts = node.value
+        sizes[id(node)] = 1 + sum(_written_out(part, sizes) for part in parts)
+    return sizes[id(node)]
 
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
+
+class _PlainLoader(yaml.SafeLoader):
+    """Builds plain data only: no tags of Python's, no key twice, no aliases that explode."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and _written_out(node, {}) > _MOST_NODES:
             raise yaml.constructor.ConstructorError(
-                None, None, f"the alias *{event.anchor} is not allowed", event.start_mark
+                None, None, "its aliases stand for too much", node.start_mark
             )
-        return super().compose_node(parent, index)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
