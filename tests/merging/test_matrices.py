@@ -154,12 +154,9 @@ def test_on_a_mesh_of_four_devices(kind, axes):
     mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(getattr(AxisType, kind),) * 2)
     base, experts = problem((M, N))
     put, puts = mapped(lambda x: jax.device_put(x, NamedSharding(mesh, P("a", "b"))), base, experts)
-    for method in (
-        tsv_m(axes=axes),
-        wudi(axes=axes),
-        ace(1e-2, axes=axes),
-        doge(steps=2, axes=axes),
-    ):
+    # Ridges that make the systems well conditioned: devices add up in another order.
+    ridged = (wudi(1.0, axes=axes), ace(1.0, axes=axes))
+    for method in (tsv_m(axes=axes), *ridged, doge(steps=2, axes=axes)):
         merged = merge(method, puts, base=put)["w"]
         # On an automatic mesh the compiler chooses.
         assert kind == "Auto" or merged.sharding.is_equivalent_to(put["w"].sharding, 2)
