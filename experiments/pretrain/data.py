@@ -12,6 +12,7 @@ process holds a lane changes nothing, and a position is the list of the lanes' p
 documents are held out for validation, chosen by a hash of their text, a share of every source.
 """
 
+import functools
 import glob
 import gzip
 import hashlib
@@ -19,14 +20,13 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
 import jax
 import numpy as np
-from grain.experimental import ConcatThenSplitIterDataset, ThreadPrefetchIterDataset
+from grain.experimental import ThreadPrefetchIterDataset
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -122,7 +122,9 @@ def folder(path: Path, piece: int) -> Corpus:
 
     def lane(index: int, lanes: int, seed: int) -> grain.IterDataset:
         mine = grain.MapDataset.source(training)[index::lanes]
-        return mine.seed(seed + 1).shuffle().repeat().to_iter_dataset()
+        ordered = mine.seed(seed + 1).shuffle().repeat()
+        # Texts lie in memory: nothing is won by reading them ahead in threads.
+        return ordered.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
 
     def sample() -> Iterator[str]:
         order = np.random.default_rng(0).permutation(len(training))
@@ -145,7 +147,9 @@ def stream(name: str, rows: Any) -> Corpus:
     def texts(held_out: bool) -> Iterator[str]:
         return (r["text"] for r in rows if is_held_out(r["text"]) == held_out)
 
-    return Corpus(lane, partial(texts, False), {name: Texts(partial(texts, True))})
+    return Corpus(
+        lane, functools.partial(texts, False), {name: Texts(functools.partial(texts, True))}
+    )
 
 
 class Texts(NamedTuple):
@@ -247,6 +251,57 @@ def validation(
     return found
 
 
+class Packed(grain.IterDataset):
+    """Arrays of tokens joined to one stream, which is cut into sequences of one size.
+
+    Grain's own ConcatThenSplitIterDataset (0.2.18) restores a wrong position where a sequence and a
+    text end together.
+    """
+
+    def __init__(self, texts: grain.IterDataset, size: int):
+        """Packs ``texts`` into sequences of ``size`` tokens."""
+        super().__init__(texts)
+        self._size = size
+
+    def __iter__(self) -> "PackedIterator":
+        """Starts at the beginning."""
+        return PackedIterator(iter(self._parent), self._size)
+
+
+class PackedIterator(grain.DatasetIterator):
+    """Where packing is: what is left of the last text, and where that text was found."""
+
+    def __init__(self, texts: grain.DatasetIterator, size: int):
+        """Starts with nothing left."""
+        super().__init__(texts)
+        self._size, self._left = size, np.zeros(0, np.int32)
+        self._before, self._length = texts.get_state(), 0
+
+    def _read(self) -> np.ndarray:
+        self._before = self._parent.get_state()
+        text = next(self._parent)
+        self._length = len(text)
+        return text
+
+    def __next__(self) -> np.ndarray:
+        """The next sequence."""
+        while len(self._left) < self._size:
+            self._left = np.append(self._left, self._read())
+        sequence, self._left = self._left[: self._size], self._left[self._size :]
+        return sequence
+
+    def get_state(self) -> dict[str, Any]:
+        """The last text's place, and how much of it is used: after a sequence, only it is left."""
+        return {"before": self._before, "used": self._length - len(self._left)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a position."""
+        self._parent.set_state(state["before"])
+        self._left, self._length = np.zeros(0, np.int32), 0
+        if state["used"]:
+            self._left = self._read()[state["used"] :]
+
+
 class Batches:
     """An endless iterator over global batches, int32 arrays (rows, length + 1) on a mesh."""
 
@@ -269,11 +324,8 @@ class Batches:
         mine = sorted({row // self._share for span in spans for row in range(*span)})
 
         def open_lane(lane: int) -> grain.DatasetIterator:
-            tokens = corpus.lane(lane, lanes, seed).map(
-                lambda text: {"tokens": encode(tokenizer, text)}
-            )
-            packed = ConcatThenSplitIterDataset(tokens, length_struct={"tokens": length + 1})
-            batched = packed.map(lambda x: x["tokens"]).batch(self._share)
+            tokens = corpus.lane(lane, lanes, seed).map(functools.partial(encode, tokenizer))
+            batched = Packed(tokens, length + 1).batch(self._share)
             return iter(ThreadPrefetchIterDataset(batched, prefetch_buffer_size=2))
 
         self._lanes = {lane: open_lane(lane) for lane in mine}

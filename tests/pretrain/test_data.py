@@ -2,6 +2,7 @@
 
 import itertools
 
+import grain
 import jax
 import numpy as np
 import pytest
@@ -66,10 +67,11 @@ def texts_of(rows: np.ndarray, tokenizer: Tokenizer) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["folder", "parquet"])
-def test_a_lane_is_whole_texts_of_the_training_part(kind, start, places, tokenizer):
+def test_a_lane_is_whole_texts_of_the_training_part(kind, start, places, tokenizer, monkeypatch):
+    monkeypatch.setattr(data, "HELD_OUT", 0.1)  # few documents: one in a hundred may be none
     batches = start(kind)
-    taken = np.stack([np.asarray(next(batches)) for _ in range(40)])
-    assert taken.shape == (40, ROWS, LENGTH + 1)
+    taken = np.stack([np.asarray(next(batches)) for _ in range(80)])
+    assert taken.shape == (80, ROWS, LENGTH + 1)
     corpus = data.open_corpus(places[kind], LENGTH)
     allowed, seen = set(corpus.sample()), []
     for lane in range(LANES):
@@ -86,18 +88,31 @@ def test_a_lane_is_whole_texts_of_the_training_part(kind, start, places, tokeniz
 
 
 @pytest.mark.parametrize("kind", ["folder", "parquet"])
-@pytest.mark.parametrize("step", [1, 7, 23])
-def test_goes_on_from_any_position(kind, step, start):
-    batches = start(kind)
-    for _ in range(step):
-        next(batches)
-    position = batches.position()
-    expected = [np.asarray(next(batches)) for _ in range(10)]
+def test_goes_on_from_any_position(kind, start):
+    """From each of many: some are where a sequence and a text end together."""
+    batches, positions, expected = start(kind), [], []
+    for _ in range(60):
+        positions.append(batches.position())
+        expected.append(np.asarray(next(batches)))
     again = start(kind)
-    next(again)  # wherever it was
-    again.go_to(position)
-    for batch in expected:
-        np.testing.assert_array_equal(next(again), batch)
+    for step in range(58):
+        again.go_to(positions[step])
+        for batch in expected[step : step + 2]:
+            np.testing.assert_array_equal(next(again), batch)
+
+
+def test_packing_goes_on_where_a_sequence_and_a_text_end_together():
+    texts = [np.arange(n) + 100 * n for n in (3, 5, 8, 4, 20, 1, 3)]
+    packed = data.Packed(grain.MapDataset.source(texts).to_iter_dataset(), 4)
+    whole = np.concatenate(texts)
+    expected = whole.reshape(-1, 4)
+    np.testing.assert_array_equal(np.stack(list(packed)), expected)
+    for step in range(len(expected)):
+        iterator, again = iter(packed), iter(packed)
+        for _ in range(step):
+            next(iterator)
+        again.set_state(iterator.get_state())
+        np.testing.assert_array_equal(np.stack(list(again)), expected[step:])
 
 
 @pytest.mark.parametrize("kind", ["folder", "parquet"])
