@@ -6,7 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
+from optax_moma._matrix import reshard, sharding_of
 from optax_moma._moments import Factored
 from optax_moma._tree import name_hash
 
@@ -112,6 +114,12 @@ def sum_experts(x: jax.Array) -> jax.Array:
     for t in range(1, x.shape[0]):
         total = total + x[t]
     return total
+
+
+def gathered(x: jax.Array) -> jax.Array:
+    """Returns an array of an explicit mesh whole on every device, as a histogram takes it."""
+    sharding = sharding_of(x)
+    return x if sharding is None else reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
 def compute_dtype(arrays: Sequence[jax.Array]) -> jnp.dtype:

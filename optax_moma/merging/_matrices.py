@@ -7,12 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_moma._matrix import Layout, reshard, sharding_of
+from optax_moma._matrix import Layout
 from optax_moma._moments import Factored
 from optax_moma.merging._contract import Contract, Step
-from optax_moma.merging._leaf import Curvature, TaskVectors, combined
+from optax_moma.merging._leaf import Curvature, TaskVectors, combined, gathered
 from optax_moma.merging._metric import factors
 from optax_moma.merging._steps import weighted_mean
 
@@ -57,12 +56,6 @@ class EachMatrix:
             merged = jax.lax.map(partial(_merged, self.step), stack)
         merged = layout.from_matrix(merged.reshape(layout.matrix_shape), leaf.delta[0])
         return combined(leaf, merged)
-
-
-def gathered(x: jax.Array) -> jax.Array:
-    """Returns an array whole on every device, which decompositions want on explicit meshes."""
-    sharding = sharding_of(x)
-    return x if sharding is None else reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
 def _merged(step: Step, leaf: TaskVectors) -> jax.Array:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import jax
 import jax.numpy as jnp
 
-from optax_moma.merging._leaf import per_expert
+from optax_moma.merging._leaf import gathered, per_expert
 
 _DIGIT = 1 << 16
 
@@ -112,6 +112,7 @@ class GlobalThreshold:
 
     def count(self, bits: jax.Array) -> jax.Array:
         """Returns a histogram (k, 65536) of the next 16 bits of the entries still in question."""
+        bits = gathered(bits)
         bits = bits.reshape(bits.shape[0], -1)
         digit = bits >> 16
         if self.bits is not None:

@@ -2,9 +2,9 @@
 
 Steps are written on arrays (k, *shape), one expert after the other along the first axis. XLA fuses
 elementwise arithmetic into one pass over memory, but a stack, or a slice of one, ends a fusion: on
-a CPU an average of three experts then takes many times as long as it must. Here a function on stacks
-is traced, and evaluated again with each stack as a list of its k slices, for as long as the
-operations treat the slices alike. The operations on numbers, and so the results, are the same.
+a CPU an average of three experts then takes many times as long as it must. Here a function on
+stacks is traced, and evaluated again with each stack as a list of its k slices, for as long as the
+operations treat the slices alike. The operations on numbers are the same.
 """
 
 from collections.abc import Callable, Iterator, Sequence
