@@ -22,7 +22,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 # Doctests import every module of the package; these need an extra that may not be installed.
 MODULES_OF_EXTRAS = {
-    "orbax": ["optax_moma/checkpoints"],
+    "orbax": ["optax_moma/checkpoints", "optax_moma/continual.py"],
     "pydantic": ["optax_moma/checkpoints"],
     "flax": ["optax_moma/demo", "optax_moma/moe.py"],
     "bayes_opt": ["optax_moma/merging/_search.py"],

@@ -1,5 +1,6 @@
 """Low-rank momentum for Optax whose state is also what a curvature-aware merge needs."""
 
+from . import continual as continual
 from . import diagnostics as diagnostics
 from . import merging as merging
 from ._curvature import curvature_from as curvature_from

@@ -18,6 +18,7 @@ PUBLIC_MODULES = [
     "optax_moma.merging.fusion_bench",
     "optax_moma.merging.mergekit",
     "optax_moma.merging.peft",
+    "optax_moma.continual",
     "optax_moma.diagnostics",
     "optax_moma.checkpoints",
     "optax_moma.moe",
