@@ -54,6 +54,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jax.tree_util import Partial
 
 from ._checks import check_finite, check_not_negative
@@ -318,7 +319,7 @@ def correct_linear(
         raise ValueError(f"hidden: there is no example, its shape is {hidden.shape}.")
     check_finite("correct_linear", {"kernel": kernel, "hidden": hidden, "target": target})
     corrected = _ridge(kernel, hidden, target, strength)
-    if not isinstance(corrected, jax.core.Tracer) and not jnp.all(jnp.isfinite(corrected)):
+    if not isinstance(corrected, Tracer) and not jnp.all(jnp.isfinite(corrected)):
         raise ValueError(
             f"strength: {strength} is not positive, or too little to make H^T H + strength I"
             f" invertible in {jnp.promote_types(kernel.dtype, jnp.float32)}; take more."

@@ -90,8 +90,11 @@ def public_names() -> dict[str, Any]:
     for name in PUBLIC_MODULES:
         if importlib.util.find_spec(name) is not None:
             for key, thing in vars(importlib.import_module(name)).items():
-                if not key.startswith("_") and (
-                    inspect.isfunction(thing) or inspect.isclass(thing)
+                # A module of one file holds what it imports, too; that is not its own.
+                if (
+                    not key.startswith("_")
+                    and (inspect.isfunction(thing) or inspect.isclass(thing))
+                    and thing.__module__.startswith(name)
                 ):
                     found[f"{name}.{key}"] = thing
     return found
