@@ -17,8 +17,8 @@ Source: Nguyen et al., "CAMEx: Curvature-aware Merging of Experts", arXiv 2502.1
 Muqeeth et al., "Soft Merging of Experts with Adaptive Routing", 2023; causal segments: Zhong et
 al., "Lory", 2024; the router: Shazeer et al., "Outrageously Large Neural Networks", 2017.
 
-Needs Flax: ``pip install "optax-moma[flax]"``, then ``import optax_moma.moe``. Experts may lie sharded
-on a mesh of automatic axes (``AxisType.Auto``); with explicit ones the metric does not run.
+Needs Flax: ``pip install "optax-moma[flax]"``, then ``import optax_moma.moe``. Experts may lie
+sharded on a mesh of automatic axes (``AxisType.Auto``); with explicit ones the metric does not run.
 """
 
 import math

@@ -3,8 +3,8 @@
     python experiments/moe_cost/run.py        # prints the table and writes results.csv
 
 Each layer stands in for the FFN of a transformer, with E routed experts; a step is the loss of
-random targets, its gradient and an Adam update. Layers take turns, so that other work on the machine
-meets them alike; the shortest time of each counts.
+random targets, its gradient and an Adam update. Layers take turns, so that other work on the
+machine meets them alike; the shortest time of each counts.
 """
 
 import argparse
