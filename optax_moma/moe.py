@@ -110,23 +110,24 @@ class Router(nnx.Module):
         deviation = jax.nn.softplus(x @ self.noise[...]) + 0.01
         if key is not None:
             logits = clean + deviation * jax.random.normal(key, clean.shape)
-        ranked, _ = jax.lax.top_k(logits, min(self.k + 1, experts))
-        last = ranked[..., self.k - 1, None]
-        gates = jax.nn.softmax(jnp.where(logits >= last, logits, -jnp.inf))
+        ranked, places = jax.lax.top_k(logits, min(self.k + 1, experts))
+        # By place, not by value: of equal logits no more than k are chosen.
+        chosen = jnp.any(jax.nn.one_hot(places[..., : self.k], experts, dtype=bool), axis=-2)
+        gates = jax.nn.softmax(jnp.where(chosen, logits, -jnp.inf))
         if key is None or self.k == experts:
-            load = jax.lax.stop_gradient((gates > 0).astype(jnp.float32))
+            load = chosen.astype(jnp.float32)
         else:
             # An expert is used if it beats the k-th of the others.
-            bar = jnp.where(logits >= last, ranked[..., self.k, None], last)
+            bar = jnp.where(chosen, ranked[..., self.k, None], ranked[..., self.k - 1, None])
             load = jax.scipy.stats.norm.cdf((clean - bar) / deviation)
         return Routing(gates, _unevenness(gates) + _unevenness(load))
 
 
 def _unevenness(use: jax.Array) -> jax.Array:
-    """CV^2 over the experts of what they are used for, (*units, E)."""
-    total = jnp.sum(use.reshape(-1, use.shape[-1]), axis=0)
-    if total.size == 1:
+    """CV^2 over the experts of what they are used for, (*units, E); 0 without choice or units."""
+    if use.shape[-1] == 1 or not use.size:
         return jnp.zeros(())
+    total = jnp.sum(use.reshape(-1, use.shape[-1]), axis=0)
     return jnp.var(total, ddof=1) / jnp.mean(total) ** 2
 
 
@@ -289,8 +290,8 @@ class ExpertWeights(nnx.Module):
       method: ``"soft"`` (SMEAR: no base), ``"domain"`` (task arithmetic), ``"ties"`` (entries whose
         sign is that of the experts' sum; no trimming, as published), ``"dare"`` (in training,
         entries are dropped at random and the rest scaled up).
-      scale: alpha. With 1 and gates that add up to 1 the base cancels out of a merge without masks
-        and metric: domain is then soft merging.
+      scale: alpha; soft merging has none. With 1 and gates that add up to 1 the base cancels out of
+        a merge without masks and metric: domain is then soft merging.
       rank: Terms of a :class:`KroneckerMetric`, or None for the Euclidean merge.
       drop: Share of entries that ``"dare"`` drops.
       own_base: False: the base is an argument of each call, for layers that share one.
@@ -333,6 +334,8 @@ class ExpertWeights(nnx.Module):
         """Experts around one dense kernel, drawn as ``nnx.Linear`` draws its own."""
         if method not in get_args(Method):
             raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}.")
+        if method == "soft" and scale != 1:
+            raise ValueError(f"soft merging is a mean and has no scale, got {scale}.")
         if not 0 <= drop < 1:
             raise ValueError(f"drop must lie in [0, 1), got {drop}.")
         self.method, self.scale, self.drop, self.own_base = method, scale, drop, own_base
@@ -365,6 +368,8 @@ class ExpertWeights(nnx.Module):
         self, gates: jax.Array, *, base: Dense | None = None, key: jax.Array | None = None
     ) -> Dense:
         """The kernels (*units, m, n) and biases (*units, n) of gates (*units, E)."""
+        if base is not None and (self.method == "soft" or self.base is not None):
+            raise ValueError("base was given to soft merging, or to a layer that has its own.")
         if self.method == "soft" and self.metric is None:
             return jax.tree.map(lambda w: _mix(gates, w), self._experts())
         start = self._start(base)
@@ -395,8 +400,6 @@ class ExpertWeights(nnx.Module):
         if self.method == "soft":
             return jax.tree.map(lambda w: sum_experts(w) / len(w), self._experts())
         if self.base is not None:
-            if base is not None:
-                raise ValueError("base was given to a layer that has its own; see own_base.")
             return Dense(self.base[...], None if self.base_bias is None else self.base_bias[...])
         if base is None:
             raise ValueError("this layer has no base of its own: give it base=Dense(kernel, bias).")
@@ -452,13 +455,6 @@ def _dropping(key: jax.Array, x: jax.Array, drop: float) -> jax.Array:
     return jax.random.bernoulli(key, 1 - drop, x.shape).astype(x.dtype) / (1 - drop)
 
 
-class _Units(NamedTuple):
-    """Tokens cut into routing units, and how the units are routed."""
-
-    x: jax.Array
-    routing: Routing
-
-
 def _routed(
     router: Router,
     x: jax.Array,
@@ -466,13 +462,13 @@ def _routed(
     first: str,
     mask: jax.Array | None,
     key: jax.Array | None,
-) -> _Units:
-    """Routes sequences (*batch, length, m) as wholes, or segments by the one before."""
+) -> tuple[jax.Array, Routing]:
+    """Routes sequences (*batch, length, m) as wholes, or cut into segments, by the one before."""
     length = x.shape[-2]
     if mask is not None and mask.shape != x.shape[:-1]:
         raise ValueError(f"mask has shape {mask.shape}, but the tokens {x.shape[:-1]}.")
     if segment is None:
-        return _Units(x, router(_mean(x, mask), key))
+        return x, router(_mean(x, mask), key)
     if length % segment:
         raise ValueError(
             f"a length of {length} does not divide into segments of {segment}: pad the sequences,"
@@ -485,15 +481,12 @@ def _routed(
         routing = router(jnp.concatenate([start, before], axis=-2), key)
         opening = jax.lax.stop_gradient(routing.gates[..., :1, :])
         gates = jnp.concatenate([opening, routing.gates[..., 1:, :]], axis=-2)
-        return _Units(units, routing._replace(gates=gates))
+        return units, routing._replace(gates=gates)
     routing = router(before, key)
-    even = jnp.full_like(
-        routing.gates,
-        1 / routing.gates.shape[-1],
-        shape=(*start.shape[:-1], routing.gates.shape[-1]),
-    )
-    loss = routing.loss if before.size else jnp.zeros(())
-    return _Units(units, Routing(jnp.concatenate([even, routing.gates], axis=-2), loss))
+    experts = routing.gates.shape[-1]
+    even = jnp.full((*start.shape[:-1], experts), 1 / experts)
+    gates = jnp.concatenate([even, routing.gates], axis=-2)
+    return units, routing._replace(gates=gates)
 
 
 def _mean(x: jax.Array, mask: jax.Array | None) -> jax.Array:

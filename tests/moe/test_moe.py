@@ -169,7 +169,8 @@ def test_curvatures_that_do_not_fit():
 @pytest.mark.parametrize("rank", [None, 2])
 @pytest.mark.parametrize("method", METHODS)
 def test_layer_is_its_formula(method, rank):
-    weights = shaken(ExpertWeights(M, N, E, method=method, scale=0.7, rank=rank, rngs=rngs()))
+    scale = 1.0 if method == "soft" else 0.7
+    weights = shaken(ExpertWeights(M, N, E, method=method, scale=scale, rank=rank, rngs=rngs()))
     gates, x = jax.nn.softmax(draw(5, E)), draw(5, 2, M, seed=1)
     W, b = wide(weights.kernels), wide(weights.biases)
     soft = method == "soft"
@@ -181,8 +182,6 @@ def test_layer_is_its_formula(method, rank):
         step = step * (np.sign(t) == np.sign(t.sum(0)))
         bias_step = u * (np.sign(u) == np.sign(u.sum(0)))
         assert 0 < np.mean(step == 0) < 1
-    # Soft merging without a metric has neither base nor scale.
-    scale = 1.0 if soft and rank is None else 0.7
     want = []
     for s, tokens in zip(wide(gates), wide(x), strict=True):
         kernel = W0 + scale * sum(s[e] * step[e] for e in range(E))
@@ -231,7 +230,9 @@ def test_starts_as_one_dense_layer():
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rank", [None, 2])
 def test_folded_equals_unfolded(method, rank):
-    mlp = shaken(MergedMLP(M, N, E, method=method, rank=rank, segment=2, rngs=rngs()))
+    scale = 1.0 if method == "soft" else 0.7
+    kwargs = {"method": method, "scale": scale, "rank": rank, "segment": 2}
+    mlp = shaken(MergedMLP(M, N, E, **kwargs, rngs=rngs()))
     x = draw(3, 6, M)
     want, routing = mlp(x)
     served = fold(nnx.Dict(inner=mlp))["inner"]  # found wherever it lies
@@ -270,8 +271,10 @@ def test_shared_base_passes_through_the_layers():
 def test_a_base_too_many_or_too_few():
     gates, x = jnp.full((1, E), 1 / E), draw(1, 2, M)
     own, none = (ExpertWeights(M, N, E, own_base=own, rngs=rngs()) for own in (True, False))
-    with pytest.raises(ValueError, match="a layer that has its own"):
-        own(x, gates, base=Dense(draw(M, N), draw(N)))
+    soft = ExpertWeights(M, N, E, method="soft", rngs=rngs())
+    for weights in (own, soft):
+        with pytest.raises(ValueError, match="soft merging, or to a layer that has its own"):
+            weights(x, gates, base=Dense(draw(M, N), draw(N)))
     with pytest.raises(ValueError, match="no base of its own"):
         none(x, gates)
     with pytest.raises(ValueError, match="no base of its own"):
@@ -338,6 +341,11 @@ def test_gates_are_the_softmax_of_the_largest_logits():
         want = np.zeros(5)
         want[top] = np.exp(row[top]) / np.exp(row[top]).sum()
         np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-7)
+
+
+def test_of_equal_logits_k_are_chosen():
+    gates = Router(M, 5, k=2, rngs=rngs())(jnp.zeros((3, M))).gates
+    np.testing.assert_array_equal(np.sort(gates), [[0, 0, 0, 0.5, 0.5]] * 3)
 
 
 def test_loss_is_that_of_importance_and_load():
@@ -491,6 +499,7 @@ def test_runs_sharded_on_eight_devices(spec):
     ("make", "message"),
     [
         (lambda: ExpertWeights(M, N, E, method="mean", rngs=rngs()), "method must be one of"),
+        (lambda: ExpertWeights(M, N, E, method="soft", scale=0.5, rngs=rngs()), "no scale"),
         (lambda: ExpertWeights(M, N, E, drop=1.0, rngs=rngs()), "drop must lie in"),
         (lambda: ExpertWeights(M, N, 0, rngs=rngs()), "experts must be at least 1"),
         (lambda: ExpertWeights(M, N, E, rank=0, rngs=rngs()), "rank must be at least 1"),
