@@ -229,9 +229,10 @@ def metric_from_curvature(
     Example:
       >>> import jax.numpy as jnp, optax_moma as om
       >>> from optax_moma.moe import metric_from_curvature
-      >>> v = om.Factored(jnp.array([[1.0], [1.0], [4.0], [4.0]]), jnp.ones((1, 4)))
-      >>> metric_from_curvature([v])(jnp.ones((1, 4, 4)))[0, :, 0].round(2)
-      Array([1.33, 1.33, 0.67, 0.67], dtype=float32)
+      >>> v = om.Factored(jnp.array([[1.0], [1.0], [9.0], [9.0]]), jnp.ones((1, 4)))
+      >>> merged = metric_from_curvature([v], power=0.5)(jnp.ones((1, 4, 4)))
+      >>> [round(float(x), 3) for x in merged[0, :, 0]]
+      [0.5, 0.5, 1.5, 1.5]
 
     Source: the idea is ours; R and C as curvature: arXiv 2512.17109.
     """
