@@ -24,7 +24,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 MODULES_OF_EXTRAS = {
     "orbax": ["optax_moma/checkpoints", "optax_moma/continual.py"],
     "pydantic": ["optax_moma/checkpoints"],
-    "flax": ["optax_moma/demo", "optax_moma/moe.py"],
+    "flax": ["optax_moma/demo", "optax_moma/moe"],
     "bayes_opt": ["optax_moma/merging/_search.py"],
     "typer": ["optax_moma/cli.py"],
     "matplotlib": ["optax_moma/diagnostics/_figures.py"],

@@ -1,27 +1,5 @@
-r"""CAMEx: layers that merge their experts' weights in a learned metric, and multiply once.
+"""Experts as one merged kernel, and the layers made of them; the formulas head the package."""
 
-A mixture of experts mixes outputs; these layers mix weights. A router looks at a whole sequence, or
-at a segment of it, and gives the experts gates s (E,). With base W0 (m, n), experts W_e, and task
-vectors ``t_e = W_e - W0`` the unit's tokens meet the one kernel
-
-.. math::
-    W = \sum_e s_e W_e \quad (soft) \qquad
-    W = W_0 + \alpha \sum_e s_e\, mask_e \odot M_e(t_e) \quad (domain, ties, dare)
-
-The metric is a sum of r Kronecker products, learned with the rest; a matrix of fan-in m = m1 m2 and
-fan-out n = n1 n2 has, per expert, r (m1^2 + m2^2 + n1^2 + n2^2) numbers for it:
-
-.. math:: M(t) = \sum_{k=1}^r (A_k \otimes B_k)\, t\, (C_k \otimes D_k)^T .
-
-Source: Nguyen et al., "CAMEx: Curvature-aware Merging of Experts", arXiv 2502.18821; soft merging:
-Muqeeth et al., "Soft Merging of Experts with Adaptive Routing", 2023; causal segments: Zhong et
-al., "Lory", 2024; the router: Shazeer et al., "Outrageously Large Neural Networks", 2017.
-
-Needs Flax: ``pip install "optax-moma[flax]"``, then ``import optax_moma.moe``. Experts may lie
-sharded on a mesh of automatic axes (``AxisType.Auto``); with explicit ones the metric does not run.
-"""
-
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -29,25 +7,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ._checks import Scalar, check_integer
-from ._matrix import nonzero
-from ._moments import Factored
-from .merging._leaf import sum_experts
+from .._checks import check_integer
+from ..merging._leaf import sum_experts
+from ._metric import KroneckerMetric
+from ._router import Router, Routing, checked_segment, routed
 
 Method = Literal["soft", "domain", "ties", "dare"]
-
-
-class Routing(NamedTuple):
-    """What a router decided.
-
-    Attributes:
-      gates: The experts' shares, (*units, E); each unit's add up to 1.
-      loss: How unevenly the experts are used, see :class:`Router`. Add it to the training loss, at
-        a weight of about 1e-2.
-    """
-
-    gates: jax.Array
-    loss: jax.Array
 
 
 class Dense(NamedTuple):
@@ -62,226 +27,11 @@ class Dense(NamedTuple):
     bias: jax.Array | None = None
 
 
-class Router(nnx.Module):
-    r"""Noisy top-k gating: shares of the experts for each unit, from the unit's mean state.
-
-    .. math::
-        gates = softmax(top_k(x G + \epsilon\, softplus(x N) + ...)), \quad
-        loss = CV^2(importance) + CV^2(load)
-
-    The noise, of deviation softplus(x N) + 0.01, is drawn in training only. Importance is each
-    expert's sum of gates, load the expected number of units that use it (a count where there is no
-    noise, or where all experts are used); CV^2 is variance over squared mean.
-
-    Args:
-      features: Width m of the states.
-      experts: E.
-      k: How many experts a unit uses; all by default.
-      rngs: Flax's random streams.
-
-    Raises:
-      ValueError: k is not between 1 and E.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from flax import nnx
-      >>> from optax_moma.moe import Router
-      >>> routing = Router(8, experts=4, k=2, rngs=nnx.Rngs(0))(jnp.ones((3, 8)))
-      >>> routing.gates.shape, [int(n) for n in (routing.gates > 0).sum(-1)]
-      ((3, 4), [2, 2, 2])
-
-    Source: Shazeer et al., "Outrageously Large Neural Networks", 2017, appendix A.
-    """
-
-    def __init__(self, features: int, experts: int, k: int | None = None, *, rngs: nnx.Rngs):
-        """Small random gates, and noise of deviation softplus(0)."""
-        self.k = experts if k is None else check_integer("k", k, lowest=1)
-        if self.k > experts:
-            raise ValueError(f"k must be at most the number of experts, {experts}, got {k}.")
-        shape = (features, experts)
-        self.gate = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
-        self.noise = nnx.Param(jnp.zeros(shape))
-
-    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> Routing:
-        """The routing of units of mean state ``x`` (*units, m); a key means training."""
-        x = x.astype(jnp.float32)
-        logits = clean = x @ self.gate[...]
-        experts = clean.shape[-1]
-        deviation = jax.nn.softplus(x @ self.noise[...]) + 0.01
-        if key is not None:
-            logits = clean + deviation * jax.random.normal(key, clean.shape)
-        ranked, places = jax.lax.top_k(logits, min(self.k + 1, experts))
-        # By place, not by value: of equal logits no more than k are chosen.
-        chosen = jnp.any(jax.nn.one_hot(places[..., : self.k], experts, dtype=bool), axis=-2)
-        gates = jax.nn.softmax(jnp.where(chosen, logits, -jnp.inf))
-        if key is None or self.k == experts:
-            load = chosen.astype(jnp.float32)
-        else:
-            # An expert is used if it beats the k-th of the others.
-            bar = jnp.where(chosen, ranked[..., self.k, None], ranked[..., self.k - 1, None])
-            load = jax.scipy.stats.norm.cdf((clean - bar) / deviation)
-        return Routing(gates, _unevenness(gates) + _unevenness(load))
-
-
-def _unevenness(use: jax.Array) -> jax.Array:
-    """CV^2 over the experts of what they are used for, (*units, E); 0 without choice or units."""
-    if use.shape[-1] == 1 or not use.size:
-        return jnp.zeros(())
-    total = jnp.sum(use.reshape(-1, use.shape[-1]), axis=0)
-    return jnp.var(total, ddof=1) / jnp.mean(total) ** 2
-
-
-class KroneckerMetric(nnx.Module):
-    r"""A linear map of each expert's task vector, learned: a sum of ``rank`` Kronecker products.
-
-    :math:`M_e(t) = \sum_k (A_{ek} \otimes B_{ek})\, t\, (C_{ek} \otimes D_{ek})^T`, with m1 the
-    largest divisor of m up to its root, m2 = m / m1, and the same for n. It starts as the identity:
-    the first term is, in the others A is zero and B, C, D are random, so that they learn at once,
-    and each something else. (Terms that all start as identities, as in the published code, multiply
-    the merge by ``rank`` and stay equal.)
-
-    Args:
-      experts: E.
-      fan_in: m; it must not be prime.
-      fan_out: n; it must not be prime.
-      rank: Terms, >= 1.
-      rngs: Flax's random streams.
-
-    Raises:
-      ValueError: m or n has no divisors.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from flax import nnx
-      >>> from optax_moma.moe import KroneckerMetric
-      >>> metric = KroneckerMetric(2, 6, 8, rank=3, rngs=nnx.Rngs(0))
-      >>> t = jnp.arange(96.0).reshape(2, 6, 8)
-      >>> bool(jnp.all(metric(t) == t)), metric.A.shape, metric.B.shape
-      (True, (2, 3, 2, 2), (2, 3, 3, 3))
-
-    Source: Nguyen et al., arXiv 2502.18821; this start of it is ours.
-    """
-
-    def __init__(self, experts: int, fan_in: int, fan_out: int, rank: int, *, rngs: nnx.Rngs):
-        """The identity."""
-        rank = check_integer("rank", rank, lowest=1)
-        m1, m2 = _factors("fan-in", fan_in)
-        n1, n2 = _factors("fan-out", fan_out)
-
-        def start(size: int, others: jax.Array) -> nnx.Param:
-            first = jnp.broadcast_to(jnp.eye(size), (experts, 1, size, size))
-            return nnx.Param(jnp.concatenate([first, others / math.sqrt(size)], axis=1))
-
-        def random(size: int) -> jax.Array:
-            return jax.random.normal(rngs.params(), (experts, rank - 1, size, size))
-
-        self.A = start(m1, jnp.zeros((experts, rank - 1, m1, m1)))
-        self.B, self.C, self.D = (start(size, random(size)) for size in (m2, n1, n2))
-
-    def __call__(self, delta: jax.Array) -> jax.Array:
-        """(E, m, n) -> (E, m, n)."""
-        A, B, C, D = (
-            factor[...].astype(delta.dtype) for factor in (self.A, self.B, self.C, self.D)
-        )
-        x = delta.reshape(len(delta), *(factor.shape[-1] for factor in (A, B, C, D)))
-        highest = jax.lax.Precision.HIGHEST
-        x = jnp.einsum("ekpa,eabcd->ekpbcd", A, x, precision=highest)
-        x = jnp.einsum("ekpbcd,eksd->ekpbcs", x, D, precision=highest)
-        x = jnp.einsum("ekqb,ekpbcs->ekpqcs", B, x, precision=highest)
-        x = jnp.einsum("ekrc,ekpqcs->epqrs", C, x, precision=highest)
-        return x.reshape(delta.shape)
-
-
-def _factors(what: str, size: int) -> tuple[int, int]:
-    size = check_integer(what, size, lowest=1)
-    small = next((d for d in range(math.isqrt(size), 1, -1) if size % d == 0), 1)
-    if small == 1:
-        raise ValueError(
-            f"the {what} of {size} does not factor, and a Kronecker metric needs two factors: take"
-            " a width that is not prime, or rank=None for no metric."
-        )
-    return small, size // small
-
-
-def metric_from_curvature(
-    curvatures: Sequence[Factored], rank: int = 1, *, power: Scalar = -0.5
-) -> KroneckerMetric:
-    r"""The metric that the experts' second moments give: ``M_e(t) = t * (R_e C_e^T)^power / mean``.
-
-    R^p, cut into an (m1, m2) matrix, is its singular vectors' sum, and so is C^p; of the products
-    of their terms the ``rank`` largest are kept, which is the best approximation of that many
-    Kronecker terms. Each expert's factors are divided by their mean, so that the step keeps its
-    scale. A row or column without curvature counts as an average one.
-
-    Args:
-      curvatures: Of each expert's kernel (m, n), with ``row`` (m, 1) and ``col`` (1, n); see
-        :func:`optax_moma.curvature_from`.
-      rank: Terms of the metric.
-      power: -1/2 is the step of a natural gradient, as Adam takes it, which is how the paper sees a
-        merge; a positive power weighs what matters more, as Fisher merging does.
-
-    Returns:
-      A :class:`KroneckerMetric`; give it to a layer by ``weights.metric = ...``.
-
-    Raises:
-      ValueError: The curvatures are no factored ones of matrices of one shape, or do not factor.
-
-    Example:
-      >>> import jax.numpy as jnp, optax_moma as om
-      >>> from optax_moma.moe import metric_from_curvature
-      >>> v = om.Factored(jnp.array([[1.0], [1.0], [9.0], [9.0]]), jnp.ones((1, 4)))
-      >>> merged = metric_from_curvature([v], power=0.5)(jnp.ones((1, 4, 4)))
-      >>> [round(float(x), 3) for x in merged[0, :, 0]]
-      [0.5, 0.5, 1.5, 1.5]
-
-    Source: the idea is ours; R and C as curvature: arXiv 2512.17109.
-    """
-    if not curvatures or any(not isinstance(v, Factored) for v in curvatures):
-        raise ValueError("curvatures must be one Factored per expert, as moma's state gives them.")
-    shapes = {(v.row.shape, v.col.shape) for v in curvatures}
-    m, n = curvatures[0].row.shape[0], curvatures[0].col.shape[-1]
-    if shapes != {((m, 1), (1, n))}:
-        raise ValueError(
-            "curvatures must have rows (m, 1) and columns (1, n) of one shape, got"
-            f" {sorted(shapes)}."
-        )
-    metric = KroneckerMetric(len(curvatures), m, n, rank, rngs=nnx.Rngs(0))
-    halves = [
-        (_terms(v.row.ravel(), power, metric.A), _terms(v.col.ravel(), power, metric.C))
-        for v in curvatures
-    ]
-    chosen = [_largest_products(rows, cols, rank) for rows, cols in halves]
-    for name, factor in zip("ABCD", zip(*chosen, strict=True), strict=True):
-        diagonals = jnp.stack(factor)
-        param = getattr(metric, name)
-        param[...] = diagonals[..., None] * jnp.eye(diagonals.shape[-1])
-    return metric
-
-
-def _terms(v: jax.Array, power: Scalar, outer: nnx.Param) -> tuple[jax.Array, ...]:
-    """v^power over its mean, as singular vectors and values of its (outer, inner) matrix."""
-    mean = nonzero(jnp.mean(v))
-    x = jnp.where(v > 0, nonzero(v / mean) ** power, 1)
-    u, s, vt = jnp.linalg.svd((x / jnp.mean(x)).reshape(outer.shape[-1], -1), full_matrices=False)
-    return u.T, s, vt
-
-
-def _largest_products(
-    rows: tuple[jax.Array, ...], cols: tuple[jax.Array, ...], rank: int
-) -> tuple[jax.Array, ...]:
-    """The diagonals of A, B, C, D, (rank, size) each; zero where there are no more products."""
-    (a, s, b), (c, z, d) = rows, cols
-    sizes, places = jax.lax.top_k((s[:, None] * z).ravel(), min(rank, s.size * z.size))
-    i, j = jnp.divmod(places, z.size)
-    pad = lambda x: jnp.pad(x, ((0, rank - len(x)), (0, 0)))  # noqa: E731
-    return pad(sizes[:, None] * a[i]), pad(b[i]), pad(c[j]), pad(d[j])
-
-
 class ExpertWeights(nnx.Module):
     r"""One linear map of E experts, merged anew for each routing unit.
 
-    The formulas stand at the head of this module. Biases are merged like kernels, without a metric.
-    The task vectors pass the metric and the mask before they meet the gates: once per call,
+    The formulas stand at the head of this package. Biases are merged like kernels, without a
+    metric. The task vectors pass the metric and the mask before they meet the gates: once per call,
     whatever the batch. A metric on soft merging starts from the experts' mean, as base.
 
     Args:
@@ -456,55 +206,6 @@ def _dropping(key: jax.Array, x: jax.Array, drop: float) -> jax.Array:
     return jax.random.bernoulli(key, 1 - drop, x.shape).astype(x.dtype) / (1 - drop)
 
 
-def _routed(
-    router: Router,
-    x: jax.Array,
-    segment: int | None,
-    first: str,
-    mask: jax.Array | None,
-    key: jax.Array | None,
-) -> tuple[jax.Array, Routing]:
-    """Routes sequences (*batch, length, m) as wholes, or cut into segments, by the one before."""
-    length = x.shape[-2]
-    if mask is not None and mask.shape != x.shape[:-1]:
-        raise ValueError(f"mask has shape {mask.shape}, but the tokens {x.shape[:-1]}.")
-    if segment is None:
-        return x, router(_mean(x, mask), key)
-    if length % segment:
-        raise ValueError(
-            f"a length of {length} does not divide into segments of {segment}: pad the sequences,"
-            " or choose a segment that divides their length."
-        )
-    units = x.reshape(*x.shape[:-2], -1, segment, x.shape[-1])
-    means = _mean(units, None if mask is None else mask.reshape(units.shape[:-1]))
-    before, start = means[..., :-1, :], means[..., :1, :]
-    if first == "own":
-        routing = router(jnp.concatenate([start, before], axis=-2), key)
-        opening = jax.lax.stop_gradient(routing.gates[..., :1, :])
-        gates = jnp.concatenate([opening, routing.gates[..., 1:, :]], axis=-2)
-        return units, routing._replace(gates=gates)
-    routing = router(before, key)
-    experts = routing.gates.shape[-1]
-    even = jnp.full((*start.shape[:-1], experts), 1 / experts)
-    gates = jnp.concatenate([even, routing.gates], axis=-2)
-    return units, routing._replace(gates=gates)
-
-
-def _mean(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """The mean state of each unit's real tokens, in float32."""
-    x = x.astype(jnp.float32)
-    if mask is None:
-        return jnp.mean(x, axis=-2)
-    real = mask.astype(jnp.float32)
-    return jnp.einsum("...t,...tm->...m", real, x) / nonzero(jnp.sum(real, axis=-1))[..., None]
-
-
-def _checked(segment: int | None, first: str) -> int | None:
-    if first not in ("even", "own"):
-        raise ValueError(f"first must be 'even' or 'own', got {first!r}.")
-    return None if segment is None else check_integer("segment", segment, lowest=1)
-
-
 class MergedLinear(nnx.Module):
     """A linear layer of merged experts with its own router, in place of ``nnx.Linear``.
 
@@ -548,7 +249,7 @@ class MergedLinear(nnx.Module):
         **merge: Any,
     ):
         """A router and the experts."""
-        self.segment, self.first = _checked(segment, first), first
+        self.segment, self.first = checked_segment(segment, first), first
         self.router = Router(features, experts, k, rngs=rngs)
         self.weights = ExpertWeights(features, out_features, experts, rngs=rngs, **merge)
 
@@ -562,7 +263,7 @@ class MergedLinear(nnx.Module):
     ) -> tuple[jax.Array, Routing]:
         """States (*batch, length, m) -> (*batch, length, n), and the routing; see MergedMLP."""
         noise_key, key = (None, None) if key is None else jax.random.split(key)
-        units, routing = _routed(self.router, x, self.segment, self.first, mask, noise_key)
+        units, routing = routed(self.router, x, self.segment, self.first, mask, noise_key)
         y = self.weights(units, routing.gates, base=base, key=key)
         return y.reshape(*x.shape[:-1], y.shape[-1]), routing
 
@@ -617,7 +318,11 @@ class MergedMLP(nnx.Module):
         **merge: Any,
     ):
         """A router, and the experts of two layers."""
-        self.segment, self.first, self.activation = _checked(segment, first), first, activation
+        self.segment, self.first, self.activation = (
+            checked_segment(segment, first),
+            first,
+            activation,
+        )
         self.router = Router(features, experts, k, rngs=rngs)
         self.up = ExpertWeights(features, hidden, experts, rngs=rngs, **merge)
         self.down = ExpertWeights(hidden, features, experts, rngs=rngs, **merge)
@@ -637,7 +342,7 @@ class MergedMLP(nnx.Module):
         gates, and dropping.
         """
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
-        units, routing = _routed(self.router, x, self.segment, self.first, mask, keys[0])
+        units, routing = routed(self.router, x, self.segment, self.first, mask, keys[0])
         bases = (None, None) if base is None else base
         h = self.activation(self.up(units, routing.gates, base=bases[0], key=keys[1]))
         y = self.down(h, routing.gates, base=bases[1], key=keys[2])
