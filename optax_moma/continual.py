@@ -356,8 +356,9 @@ def ewc(
       curvature: v, a tree as ``merge`` takes it for an expert; see
         :func:`optax_moma.curvature_from` and :func:`optax_moma.merging.diagonal_fisher`. None at
         leaves that are not floating point.
-      strength: :math:`\lambda`, at least 0. With a Fisher of single examples and a mean loss, the
-        number of examples makes it Bayes' rule; it is tuned over decades in practice.
+      strength: :math:`\lambda`, at least 0. Where v is a mean over single examples and the loss a
+        mean too, the ratio of their numbers, earlier to new, is what Bayes' rule asks for; the
+        moments of an optimizer are those of batches, and :math:`\lambda` is tuned over decades.
 
     Returns:
       A pure function from params to the penalty, a number in float32 at least. It is a pytree of
