@@ -377,10 +377,11 @@ class Compete:
         bits = _select.ordered_bits(size)
         n = bits.size // k
         tail = int(n * _TAIL)
-        low, high = (
-            per_expert(_score(_select.kth_largest(bits, jnp.uint32(rank))), size)
-            for rank in (n - tail, tail + 1)
-        )
+        low, high = jnp.min(size, axis=axes), jnp.max(size, axis=axes)
+        if tail:
+            ranks = (n - tail, tail + 1)
+            low, high = (_score(_select.kth_largest(bits, jnp.uint32(r))) for r in ranks)
+        low, high = per_expert(low, size), per_expert(high, size)
         size = jnp.clip(size, low, high).astype(leaf.delta.dtype)
         within = jnp.exp(k * ((size - low) / _metric.nonzero(high - low)) ** 2)
         say = leaf.weight * leaf.delta
