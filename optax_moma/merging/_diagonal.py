@@ -261,11 +261,8 @@ class Umtam:
         C = jnp.maximum(jnp.sum(v, axis=1, keepdims=True), _UMTAM_FLOOR)
         H = jnp.sqrt(R * C)
         s = d**2 * H
-        bits = _select.ordered_bits(s)
-        threshold = _select.kth_largest(
-            bits, _select.kept_count(self.density, bits.size // bits.shape[0])
-        )
-        mask = _select.keep(bits, threshold, self.density)
+        threshold = _select.kth_largest(s, _select.kept_count(self.density, s.size // s.shape[0]))
+        mask = _select.keep(_select.ordered_bits(s), threshold, self.density)
         elected = jnp.sign(sum_experts(mask * s * jnp.sign(d)))
         agree = mask & (jnp.sign(d) == elected) & (elected != 0)
         w = leaf.weight * agree * H / (jnp.max(H, axis=(1, 2), keepdims=True) + _UMTAM_FLOOR)

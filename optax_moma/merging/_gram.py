@@ -351,9 +351,8 @@ class Doge:
 
         start = jnp.zeros_like(total)
         shift = _descent(gradient, start, self.learning_rate / size, self.steps)
-        bits = _select.ordered_bits(jnp.abs(x))
-        threshold = _select.kth_largest(bits, _select.kept_count(self.density, total.size))
-        kept = _select.keep(bits, threshold, self.density)
+        threshold = _select.kth_largest(x, _select.kept_count(self.density, total.size))
+        kept = _select.keep(_select.ordered_bits(x), threshold, self.density)
         return combined(leaf, size * sum_experts(per_expert(scales, x) * kept * (x + shift)))
 
 

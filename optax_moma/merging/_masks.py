@@ -30,11 +30,11 @@ class Band:
 
     def __call__(self, leaf: TaskVectors) -> TaskVectors:
         """Multiplies the weights by the mask."""
-        bits = _select.ordered_bits(jnp.abs(leaf.delta))
+        bits = _select.ordered_bits(leaf.delta)
         n = bits.size // bits.shape[0]
         outliers = _select.share(self.top, n)
         rank = jnp.minimum(outliers + _select.kept_count(self.density, n), n)
-        low, high = _select.kth_largest(bits, rank), _select.kth_largest(bits, outliers)
+        low, high = (_select.kth_largest(leaf.delta, r) for r in (rank, outliers))
         # The "0-th largest" is above all scores, so that no outliers are dropped at top = 0.
         mask = _select.keep(bits, low, self.density) & (bits < per_expert(high, bits))
         return leaf._replace(weight=leaf.weight * mask)
@@ -261,9 +261,9 @@ class Select:
         spread = leaf.delta - sum_experts(leaf.delta) / k
         # The root of the variance orders as the variance does, and squares no small numbers.
         largest = _metric.nonzero(jnp.max(jnp.abs(spread)))
-        bits = _select.ordered_bits(jnp.sqrt(sum_experts((spread / largest) ** 2))[None])
-        threshold = _select.kth_largest(bits, _select.kept_count(self.density, bits.size))
-        mask = _select.keep(bits, threshold, self.density)
+        score = jnp.sqrt(sum_experts((spread / largest) ** 2))[None]
+        threshold = _select.kth_largest(score, _select.kept_count(self.density, score.size))
+        mask = _select.keep(_select.ordered_bits(score), threshold, self.density)
         return leaf._replace(delta=leaf.delta * mask, weight=leaf.weight * mask)
 
 
@@ -374,22 +374,20 @@ class Compete:
         """Clips the task vectors and multiplies the weights by the scores."""
         k, axes = leaf.delta.shape[0], tuple(range(1, leaf.delta.ndim))
         size = jnp.abs(leaf.delta)
-        bits = _select.ordered_bits(size)
-        n = bits.size // k
+        n = size.size // k
         tail = int(n * _TAIL)
         low, high = jnp.min(size, axis=axes), jnp.max(size, axis=axes)
         if tail:
             ranks = (n - tail, tail + 1)
-            low, high = (_score(_select.kth_largest(bits, jnp.uint32(r))) for r in ranks)
+            low, high = (_score(_select.kth_largest(size, jnp.uint32(r))) for r in ranks)
         low, high = per_expert(low, size), per_expert(high, size)
         size = jnp.clip(size, low, high).astype(leaf.delta.dtype)
         within = jnp.exp(k * ((size - low) / _metric.nonzero(high - low)) ** 2)
         say = leaf.weight * leaf.delta
         score = within * jnp.tanh(say * sum_experts(say))
-        # Only differences count, and what is not negative is ordered by its bits.
+        # Only differences count, and what is not negative is ordered by its magnitude.
         score = score - jnp.min(score, axis=axes, keepdims=True)
-        bits = _select.ordered_bits(score)
-        last = _select.kth_largest(bits, _select.kept_count(self.density, n))
+        last = _select.kth_largest(score, _select.kept_count(self.density, n))
         last, best = per_expert(_score(last), score), jnp.max(score, axis=axes, keepdims=True)
         even = (size != 0) & (score >= last)
         share = jnp.where(best > last, jnp.maximum(score - last, 0) / (best - last), even)

@@ -125,31 +125,32 @@ class Trim:
 
     def __call__(self, leaf: TaskVectors) -> TaskVectors:
         """Multiplies the weights by the mask."""
-        bits = self._bits(leaf)
+        score = self._score(leaf)
         if self.search is None:
             threshold = _select.kth_largest(
-                bits, _select.kept_count(self.density, bits.size // bits.shape[0])
+                score, _select.kept_count(self.density, score.size // score.shape[0])
             )
         else:
             assert self.search.bits is not None
             threshold = self.search.bits
-        return leaf._replace(weight=leaf.weight * _select.keep(bits, threshold, self.density))
+        mask = _select.keep(_select.ordered_bits(score), threshold, self.density)
+        return leaf._replace(weight=leaf.weight * mask)
 
     def count(self, leaf: TaskVectors) -> jax.Array:
         """Returns one leaf's histogram of scores."""
         assert self.search is not None
-        return self.search.count(self._bits(leaf))
+        return self.search.count(_select.ordered_bits(self._score(leaf)))
 
     def refine(self, counts: jax.Array) -> "Trim":
         """Returns the step with 16 more bits of its thresholds known."""
         assert self.search is not None
         return replace(self, search=self.search.refine(counts, self.density))
 
-    def _bits(self, leaf: TaskVectors) -> jax.Array:
+    def _score(self, leaf: TaskVectors) -> jax.Array:
         if self.by == "magnitude":
-            return _select.ordered_bits(jnp.abs(leaf.delta))
+            return leaf.delta
         assert leaf.curvature is not None
-        return _select.ordered_bits(_metric.saliency_root(leaf.delta, leaf.curvature, self.power))
+        return _metric.saliency_root(leaf.delta, leaf.curvature, self.power)
 
 
 def trim(

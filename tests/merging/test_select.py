@@ -34,7 +34,7 @@ def test_bit_search_and_histograms_find_the_kth_largest(row, rank):
     x[1, :7] = 3.0
     expected = sorted_threshold(x, rank)
     bits = _select.ordered_bits(jnp.asarray(x))
-    found = jax.jit(_select.kth_largest)(bits, jnp.uint32(rank))
+    found = jax.jit(_select.kth_largest)(-jnp.asarray(x), jnp.uint32(rank))
     np.testing.assert_array_equal(np.asarray(found).view(np.float32), expected)
 
     # The same from histograms of two parts. A density that floors to the rank exactly.
@@ -74,7 +74,7 @@ def test_threshold_of_many_entries_is_exact():
     x = np.abs(rng.normal(size=(2, 300_000))).astype(np.float32)
     bits = _select.ordered_bits(jnp.asarray(x))
     rank = _select.kept_count(0.2, x.shape[1])
-    threshold = _select.kth_largest(bits, rank)
+    threshold = _select.kth_largest(jnp.asarray(x), rank)
     assert (_select.keep(bits, threshold, 0.2).sum(axis=1) == 60_000).all()
     np.testing.assert_array_equal(
         np.asarray(threshold).view(np.float32), sorted_threshold(x, 60_000)
