@@ -6,8 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -65,7 +67,17 @@ def many_leaves(tmp_path_factory):
     return folder
 
 
-def test_killed_at_any_moment(many_leaves):
+def assert_like_unbroken(output, unbroken):
+    assert checkpoints.verify(output).problems == []
+    assert not output.with_name(output.name + ".merging").exists()
+    one, other = (checkpoints.load(path) for path in (output, unbroken))
+    assert all(np.asarray(one[k]).tobytes() == np.asarray(other[k]).tobytes() for k in other)
+    manifests = [json.loads((path / "manifest.json").read_text()) for path in (output, unbroken)]
+    for key in ("leaves", "inputs", "recipe", "versions"):
+        assert manifests[0][key] == manifests[1][key]
+
+
+def test_killed_again_and_again(many_leaves):
     recipe, output = many_leaves / "recipe.yaml", many_leaves / "out"
     rng = np.random.default_rng()
     moments = [*np.sort(rng.uniform(0.05, 1.0, 2)), "finalize", "manifest"]
@@ -78,15 +90,27 @@ def test_killed_at_any_moment(many_leaves):
     done = checkpoints.merge(recipe, output, force=output.exists(), chunk_bytes=1)
     if moments[-1] == "manifest" and killed.returncode:
         assert done.resumed == 40  # All was written and whole, but not yet in its place.
-    assert checkpoints.verify(output).problems == []
-    assert not output.with_name("out.merging").exists()
-    one, other = (checkpoints.load(many_leaves / name) for name in ("out", "unbroken"))
-    assert all(np.asarray(one[k]).tobytes() == np.asarray(other[k]).tobytes() for k in other)
-    manifests = [
-        json.loads((many_leaves / n / "manifest.json").read_text()) for n in ("out", "unbroken")
-    ]
-    for key in ("leaves", "inputs", "recipe", "versions"):
-        assert manifests[0][key] == manifests[1][key]
+    assert_like_unbroken(output, many_leaves / "unbroken")
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments(many_leaves):
+    """Each time from the start: nothing is at the output, and the second run completes it."""
+    recipe, output = many_leaves / "recipe.yaml", many_leaves / "twenty"
+    start = time.monotonic()
+    assert python(KILLED, recipe, output, "never").returncode == 0
+    longest = time.monotonic() - start
+    rng, interrupted = np.random.default_rng(), 0
+    for moment in rng.uniform(0, longest, 20):
+        shutil.rmtree(output, ignore_errors=True)
+        killed = python(KILLED, recipe, output, moment)
+        if killed.returncode:
+            assert killed.returncode == -signal.SIGKILL, killed.stderr
+            assert not output.exists()
+            interrupted += 1
+            checkpoints.merge(recipe, output, chunk_bytes=1)
+        assert_like_unbroken(output, many_leaves / "unbroken")
+    assert interrupted >= 5, "the merges were faster than the timers"
 
 
 def test_what_is_resumed_is_checked(many_leaves):
@@ -128,12 +152,21 @@ def test_two_merges_to_one_output(many_leaves):
     assert not output.with_name("contested.merging.lock").exists()
 
 
-def test_random_merges_do_not_depend_on_the_process(world, tmp_path, monkeypatch):
-    """The same draws under another PYTHONHASHSEED, order of experts, and chunks."""
-    recipe = world.recipe([{"name": "drop", "density": 0.5}, "total"], seed=3)
+@pytest.mark.parametrize(
+    "method", [[{"name": "drop", "density": 0.5}, "total"], "della", "moma"], ids=repr
+)
+def test_bits_do_not_depend_on_the_process(world, tmp_path, monkeypatch, method):
+    """One device here, eight there; another PYTHONHASHSEED, order of experts, and chunks."""
+    assert jax.device_count() == 8
+    recipe = world.recipe(method, seed=3)
+    if method == "moma":
+        for expert in recipe["experts"]:
+            recipe["experts"][expert] = {"path": str(world.folder / expert)}
+            recipe["experts"][expert]["curvature"] = "opt_state"
     checkpoints.merge(recipe, tmp_path / "here", chunk_bytes=1)
     recipe["experts"] = dict(reversed(recipe["experts"].items()))
-    code = "import json, sys; from optax_moma import checkpoints\n"
+    code = "import jax, json, sys; from optax_moma import checkpoints\n"
+    code += "assert jax.device_count() == 1\n"
     code += "checkpoints.merge(json.loads(sys.argv[1]), sys.argv[2])"
     monkeypatch.setenv("PYTHONHASHSEED", "12345")
     done = python(code, json.dumps(recipe), tmp_path / "there")
