@@ -107,11 +107,10 @@ def mergekit_recipe(folder: Path) -> Path:
 
 
 class Cost(NamedTuple):
-    """What a command took: processor and wall seconds, and the most memory, in MB."""
+    """What a command took, in seconds of processors and of the clock."""
 
     cpu: float
     wall: float
-    peak: float
 
 
 def cost(command: list[str]) -> Cost:
@@ -129,7 +128,7 @@ def cost(command: list[str]) -> Cost:
         if process.returncode:
             said.seek(0)
             raise RuntimeError(f"{command} failed:\n{said.read().decode(errors='replace')}")
-    return Cost(used.ru_utime + used.ru_stime, wall, used.ru_maxrss / 1024)
+    return Cost(used.ru_utime + used.ru_stime, wall)
 
 
 def commands(folder: Path, mergekit: Path | None) -> dict[str, list[str]]:
@@ -184,19 +183,19 @@ def run(
             print(f"entries merged to the same number: {100 * equal_share(place):.1f} %")
     where = f"{jax.devices()[0].platform}, {os.cpu_count()} cores, {platform.machine()}"
     table = Table(title=f"TIES of {millions:.0f} M bfloat16 parameters, k = {len(EXPERTS)}")
-    for column in ("", "CPU s", "wall s", "peak MB", "mergekit / ours"):
+    for column in ("", "CPU s", "wall s", "mergekit / ours"):
         table.add_column(column, justify="right" if column else "left")
     rows = []
     for name, costs in found.items():
         middle = Cost(*(statistics.median(values) for values in zip(*costs, strict=True)))
         times = f"{found['mergekit'][0].cpu / middle.cpu:.1f}" if mergekit is not None else ""
-        values = (f"{middle.cpu:.1f}", f"{middle.wall:.1f}", f"{middle.peak:.0f}", times)
+        values = (f"{middle.cpu:.1f}", f"{middle.wall:.1f}", times)
         table.add_row(name, *values)
         rows.append((name, f"{millions:.0f}", *values, where))
     Console().print(table)
     with output.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("what", "millions", "cpu_s", "wall_s", "peak_mb", "ratio", "machine"))
+        writer.writerow(("what", "millions", "cpu_s", "wall_s", "ratio", "machine"))
         writer.writerows(rows)
 
 
