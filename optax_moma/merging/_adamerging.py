@@ -136,7 +136,7 @@ def adamerging(
     def merged(coefficients: dict[str, jax.Array], models: Any, copied: dict[str, Any]) -> Tree:
         leaves = dict(copied)
         for name, c in clipped(coefficients).items():
-            weights = dict(zip(inputs.names, c, strict=True))
+            weights: dict[str, Any] = dict(zip(inputs.names, c, strict=True))
             leaves |= merge(method, weights=weights, key=key, **models[name])
         return jax.tree.unflatten(inputs.treedef, [leaves[path_text(p)] for p in inputs.paths])
 

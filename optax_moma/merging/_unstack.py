@@ -59,11 +59,11 @@ def _names(jaxpr: Any) -> Iterator[str]:
         yield equation.primitive.name
         for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
             if _is_jaxpr(inner):
-                yield from _names(inner.jaxpr if isinstance(inner, core.ClosedJaxpr) else inner)
+                yield from _names(inner)
 
 
 def _is_jaxpr(x: Any) -> bool:
-    return isinstance(x, (core.Jaxpr, core.ClosedJaxpr))
+    return hasattr(x, "eqns")  # Versions of JAX have one or two types for it.
 
 
 def _evaluate(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any], k: int) -> list[Any]:
