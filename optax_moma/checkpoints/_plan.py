@@ -675,9 +675,10 @@ def _coverage(job: Job) -> dict[str, tuple[int, int]]:
     }
 
 
-# Fitted to measurements: two groups are in memory as they are read, and what is written twice, once
-# more in the buffers of Orbax, which also keeps a cache.
-_GROUPS = 3.5
+# Fitted to measurements. The largest group is in memory as it is read and, in part, as it is
+# written and in the buffers of Orbax, which also keeps a cache. Beside it are the groups before and
+# after, which are of the usual size when a single leaf makes the largest.
+_LARGEST, _OTHERS = 2.0, 1.5
 _BUFFERS = 180 << 20
 # The largest leaf is rarely at work while both groups are whole.
 _WORK = 0.8
@@ -687,14 +688,15 @@ def _peak_bytes(job: Job, chunk_bytes: int) -> int:
     """Predicts the peak memory of this process: itself, the groups, and the largest leaf's work."""
     sizes = {n: (job.stored_bytes(part, n), part) for part in job.parts for n in part.names}
     largest = max(size for size, _ in sizes.values())
-    group = min(max(chunk_bytes, largest), sum(size for size, _ in sizes.values()))
+    total = sum(size for size, _ in sizes.values())
+    groups = _LARGEST * min(max(chunk_bytes, largest), total) + _OTHERS * min(chunk_bytes, total)
     heaviest: dict[int, tuple[int, str, Part]] = {}
     for name, (size, part) in sizes.items():
         if part.method is not None and is_float(job.reference.leaves[name]):
             kind = hash(jax.tree.structure(part.method))
             heaviest[kind] = max(heaviest.get(kind, (0, "", part)), (size, name, part), key=_size)
     work = max((_work_bytes(job, part, name) for _, name, part in heaviest.values()), default=0)
-    return _resident_bytes() + _BUFFERS + int(_GROUPS * group + _WORK * work)
+    return _resident_bytes() + _BUFFERS + int(groups + _WORK * work)
 
 
 def _size(entry: tuple[int, str, Part]) -> int:

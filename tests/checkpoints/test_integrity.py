@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -38,9 +37,11 @@ if moment == "finalize":
 elif moment == "manifest":
     _merge.write_manifest = die
 elif moment != "never":
-    threading.Timer(float(moment), die).start()
+    timer = threading.Timer(float(moment), die)
+    timer.daemon = True  # A merge that was faster ends in peace.
+    timer.start()
 done = checkpoints.merge(recipe, output, chunk_bytes=1)
-print(done.resumed)
+print(done.seconds)
 """
 
 
@@ -97,18 +98,17 @@ def test_killed_again_and_again(many_leaves):
 def test_killed_at_twenty_random_moments(many_leaves):
     """Each time from the start: nothing is at the output, and the second run completes it."""
     recipe, output = many_leaves / "recipe.yaml", many_leaves / "twenty"
-    start = time.monotonic()
-    assert python(KILLED, recipe, output, "never").returncode == 0
-    longest = time.monotonic() - start
+    seconds = float(python(KILLED, recipe, output, "never").stdout)
     rng, interrupted = np.random.default_rng(), 0
-    for moment in rng.uniform(0, longest, 20):
+    for moment in rng.uniform(0, seconds, 20):
         shutil.rmtree(output, ignore_errors=True)
         killed = python(KILLED, recipe, output, moment)
-        if killed.returncode:
-            assert killed.returncode == -signal.SIGKILL, killed.stderr
-            assert not output.exists()
+        assert killed.returncode in (0, -signal.SIGKILL), killed.stderr
+        if not output.exists():
+            assert killed.returncode
             interrupted += 1
             checkpoints.merge(recipe, output, chunk_bytes=1)
+        shutil.rmtree(f"{output}.merging", ignore_errors=True)  # Killed while it cleared up.
         assert_like_unbroken(output, many_leaves / "unbroken")
     assert interrupted >= 5, "the merges were faster than the timers"
 
