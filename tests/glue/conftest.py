@@ -42,6 +42,7 @@ def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("glue")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "RATES", (1e-3, 3e-3))
+        patch.setattr(stages, "RATE_TASKS", ("cola", "sick"))
         # One length, so that everything is compiled once.
         patch.setattr(experts, "BUCKET", 32)
         patch.setattr(Recipe, "__new__", _with_defaults(Recipe.__new__, batch=16, epochs=2, rank=4))

@@ -103,6 +103,7 @@ def test_learning_rates_are_chosen_on_dev_and_experts_recorded(small):
     stages.train(small, ["cola", "sts"], "moma", 0)
     assert stages.expert_records(small).path.read_text() == before
     assert [row["metric"] for row in stages.expert_records(small).rows] == [
+        "accuracy",
         "matthews",
         "pearson",
         "spearman",

@@ -45,7 +45,7 @@ class Recipe(NamedTuple):
     epochs: int = 2
     batch: int = 32
     warmup: float = 0.1
-    train: int = 3000
+    train: int = 1500
     b2: float = 0.999
     rank: int = 32
 

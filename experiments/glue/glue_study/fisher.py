@@ -31,7 +31,7 @@ from .experts import (
 )
 from .records import Records
 
-EXAMPLES = 256
+EXAMPLES = 128
 
 
 def one_by_one(tokens: np.ndarray) -> Iterator[np.ndarray]:

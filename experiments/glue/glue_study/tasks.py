@@ -3,7 +3,7 @@
 | task | kind | test split | metric |
 |---|---|---|---|
 | sst2 | sentiment | SST's own | accuracy |
-| cola | acceptability | out of domain | Matthews correlation |
+| cola | acceptability | out of domain | accuracy (Matthews correlation beside it) |
 | mrpc | paraphrase, pair | MRPC's own | accuracy (F1 beside it) |
 | rte | entailment, pair | GLUE's dev | accuracy |
 | sick | three-way inference, pair | SICK's own | accuracy |
@@ -47,7 +47,7 @@ class Kind(NamedTuple):
 
 KINDS: Mapping[str, Kind] = {
     "sst2": Kind("SST-2", 2, ("accuracy",)),
-    "cola": Kind("CoLA", 2, ("matthews",)),
+    "cola": Kind("CoLA", 2, ("accuracy", "matthews")),
     "mrpc": Kind("MRPC", 2, ("accuracy", "f1")),
     "rte": Kind("RTE", 2, ("accuracy",)),
     "sick": Kind("SICK-E", 3, ("accuracy",)),
@@ -78,9 +78,9 @@ class Task(NamedTuple):
 class Sizes(NamedTuple):
     """The most examples that a task takes from each split."""
 
-    train: int = 3000
-    dev: int = 300
-    test: int = 1000
+    train: int = 1500
+    dev: int = 200
+    test: int = 500
 
 
 class DataError(Exception):
