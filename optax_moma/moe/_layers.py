@@ -32,7 +32,8 @@ class ExpertWeights(nnx.Module):
 
     The formulas stand at the head of this package. Biases are merged like kernels, without a
     metric. The task vectors pass the metric and the mask before they meet the gates: once per call,
-    whatever the batch. A metric on soft merging starts from the experts' mean, as base.
+    whatever the batch. A unit's gates must add up to 1, as a router's do. A metric on soft merging
+    starts from the experts' mean, as base.
 
     Args:
       fan_in: m.
@@ -121,11 +122,14 @@ class ExpertWeights(nnx.Module):
         """The kernels (*units, m, n) and biases (*units, n) of gates (*units, E)."""
         if base is not None and (self.method == "soft" or self.base is not None):
             raise ValueError("base was given to soft merging, or to a layer that has its own.")
-        if self.method == "soft" and self.metric is None:
-            return jax.tree.map(lambda w: _mix(gates, w), self._experts())
-        start = self._start(base)
-        add = lambda w, step: w + self.scale * _mix(gates, step)  # noqa: E731
-        return jax.tree.map(add, start, self.steps(start, key))
+        experts = self._experts()
+        if self.method != "soft" or self.metric is not None:
+            start = self._start(base)
+            # The gates add up to 1: a base within the experts is a base added to each unit's
+            # kernel, and does not have to be.
+            move = lambda w, step: w + self.scale * step  # noqa: E731
+            experts = jax.tree.map(move, start, self.steps(start, key))
+        return jax.tree.map(lambda w: _mix(gates, w), experts)
 
     def steps(self, start: Dense, key: jax.Array | None = None) -> Dense:
         """The experts' task vectors, (E, m, n) and (E, n), after metric and mask."""

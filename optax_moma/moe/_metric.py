@@ -61,16 +61,30 @@ class KroneckerMetric(nnx.Module):
 
     def __call__(self, delta: jax.Array) -> jax.Array:
         """(E, m, n) -> (E, m, n)."""
-        A, B, C, D = (
-            factor[...].astype(delta.dtype) for factor in (self.A, self.B, self.C, self.D)
-        )
-        x = delta.reshape(len(delta), *(factor.shape[-1] for factor in (A, B, C, D)))
-        highest = jax.lax.Precision.HIGHEST
-        x = jnp.einsum("ekpa,eabcd->ekpbcd", A, x, precision=highest)
-        x = jnp.einsum("ekpbcd,eksd->ekpbcs", x, D, precision=highest)
-        x = jnp.einsum("ekqb,ekpbcs->ekpqcs", B, x, precision=highest)
-        x = jnp.einsum("ekrc,ekpqcs->epqrs", C, x, precision=highest)
-        return x.reshape(delta.shape)
+        terms = [
+            jnp.swapaxes(f[...].astype(delta.dtype), 0, 1) for f in (self.A, self.B, self.C, self.D)
+        ]
+
+        # Term by term, and again for the gradients: what lies between a term's four products is as
+        # large as the experts, and that of all terms at once would not stay in a cache.
+        def add(total: jax.Array, term: list[jax.Array]) -> tuple[jax.Array, None]:
+            return total + _kronecker(delta, *term), None
+
+        step = jax.checkpoint(add, prevent_cse=False)  # within a scan no barrier is needed
+        return jax.lax.scan(step, jnp.zeros_like(delta), terms)[0]
+
+
+def _kronecker(x: jax.Array, A: jax.Array, B: jax.Array, C: jax.Array, D: jax.Array) -> jax.Array:
+    """(A kron B) x (C kron D)^T of each expert.
+
+    Each factor meets the last of the four axes (m1, m2, n1, n2) and puts it first: one plain matrix
+    product, whatever the axis, and after four the axes lie as before.
+    """
+    y = x
+    for factor in (D, C, B, A):
+        last = y.reshape(len(x), -1, factor.shape[-1])
+        y = jnp.matmul(factor, last.mT, precision=jax.lax.Precision.HIGHEST)
+    return y.reshape(x.shape)
 
 
 def _factors(what: str, size: int) -> tuple[int, int]:

@@ -90,6 +90,22 @@ def test_metric_starts_as_the_identity_and_every_term_learns_something_else():
         assert np.abs(A[:, k] - A[:, l]).max() > 0.1
 
 
+def test_memory_of_a_metric_does_not_grow_with_its_rank():
+    """Of a gradient's temporaries: terms are worked off one by one."""
+
+    def temporaries(rank):
+        metric = KroneckerMetric(E, 48, 64, rank=rank, rngs=rngs())
+        graph, state = nnx.split(metric)
+        loss = lambda state, delta: jnp.sum(nnx.merge(graph, state)(delta) ** 2)
+        grad = jax.jit(jax.grad(loss, argnums=(0, 1)))
+        compiled = grad.lower(state, draw(E, 48, 64)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    factors = 4 * E * (6**2 + 8**2 + 8**2 + 8**2)  # bytes of one more term
+    assert temporaries(8) - temporaries(2) <= 6 * 4 * factors
+    assert temporaries(2) < 8 * 4 * E * 48 * 64
+
+
 @pytest.mark.parametrize("shape", [(7, 8), (8, 13), (1, 4)])
 def test_shapes_that_do_not_factor(shape):
     with pytest.raises(ValueError, match=r"the fan-(in|out) of \d+ does not factor.*rank=None"):
