@@ -61,7 +61,10 @@ def numbers(rows: Iterable[Mapping[str, str]], column: str) -> list[float]:
 
 def command() -> str:
     """The command line as one would type it, without the machine's folders."""
-    return shlex.join(["python", f"experiments/glue/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    spec = sys.modules["__main__"].__spec__
+    name = Path(sys.argv[0]).name
+    program = ["-m", spec.name] if spec else [f"experiments/glue/{name}"]
+    return shlex.join(["python", *program, *sys.argv[1:]])
 
 
 def _text(value: Any) -> str:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -26,21 +27,30 @@ COLOURS = {
 }
 
 
-def write_report(results: Path, page: Path) -> None:
+class Block(NamedTuple):
+    """A table of a page: the CSV file it is made from, its heading, and what makes it."""
+
+    file: str
+    title: str
+    make: Callable[[list[Row], Path], str]
+
+
+def write_report(results: Path, page: Path, blocks: Mapping[str, Block] | None = None) -> None:
     """Writes figures beside the CSV files and fills the page's tables, leaving its prose alone.
 
-    A table stands between ``<!-- name -->`` and ``<!-- end name -->``; a page that does not exist
-    is made with a heading and the tables.
+    The tables are those of this study, or ``blocks`` of another. A table stands between
+    ``<!-- name -->`` and ``<!-- end name -->``; a page that does not exist is made with a heading
+    and the tables.
     """
-    blocks = {}
-    for name, (file, title, make) in BLOCKS.items():
+    made = {}
+    for name, (file, title, make) in (BLOCKS if blocks is None else blocks).items():
         path = results / f"{file}.csv"
         if path.exists():
             with path.open(newline="", encoding="utf-8") as lines:
                 rows = list(csv.DictReader(lines))
-            blocks[name] = (title, make(rows, results))
+            made[name] = (title, make(rows, results))
     text = page.read_text("utf-8") if page.exists() else "# Results\n"
-    for name, (title, block) in blocks.items():
+    for name, (title, block) in made.items():
         framed = f"<!-- {name} -->\n{block}\n<!-- end {name} -->"
         found = re.compile(f"<!-- {name} -->.*<!-- end {name} -->", re.DOTALL)
         if found.search(text):
@@ -75,12 +85,12 @@ def pick(rows: Iterable[Row], column: str, **equal: str) -> list[float]:
     return [float(row[column]) for row in rows if all(row[k] == v for k, v in equal.items())]
 
 
-def _save(figure: Figure, path: Path) -> str:
+def save(figure: Figure, path: Path) -> str:
     figure.savefig(path, dpi=120)
     return f"![{path.stem}](results/{path.name})"
 
 
-def _tidy(axes: Axes) -> None:
+def tidy(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.93")
     axes.set_axisbelow(True)
@@ -167,7 +177,7 @@ def selection(rows: list[Row], results: Path) -> str:
             axes.minorticks_off()
             axes.set_xlabel("entries of the task vector kept (%)")
             axes.set_title(f"one threshold per {'tensor' if scope == 'tensor' else 'expert'}")
-            _tidy(axes)
+            tidy(axes)
             lines = []
             for name in names:
                 gap = curves[name] - curves["magnitude"]
@@ -187,7 +197,7 @@ def selection(rows: list[Row], results: Path) -> str:
         axes.set_ylabel("share of the expert's score kept (%)")
         figure.axes[1].legend(frameon=False, fontsize=8)
         figure.suptitle(f"Experts trained with {optimizer}: mean over tasks ± standard error")
-        parts.append(_save(figure, results / f"selection_{optimizer}_{split}.png"))
+        parts.append(save(figure, results / f"selection_{optimizer}_{split}.png"))
     note = "In brackets, the mean difference from magnitude over tasks and seeds ± standard error."
     return "\n\n".join([*parts, note])
 
@@ -287,8 +297,8 @@ def _dots(
     first = {label: handle for handle, label in zip(handles, labels, strict=True)}
     axes.legend(first.values(), first.keys(), frameon=False, loc="lower left")
     axes.set_title(f"{size} experts trained with {optimizer} in one encoder")
-    _tidy(axes)
-    return _save(figure, path)
+    tidy(axes)
+    return save(figure, path)
 
 
 def correlations(rows: list[Row], results: Path) -> str:
@@ -350,9 +360,9 @@ def _layers(rows: list[Row], results: Path) -> str:
         axes.set_xlabel("layer")
         axes.set_title(f"experts of {optimizer}")
         axes.legend(frameon=False, fontsize=8)
-        _tidy(axes)
+        tidy(axes)
     figure.axes[0].set_ylabel("rank correlation with d² × exact Fisher")
-    return _save(figure, results / "correlations.png")
+    return save(figure, results / "correlations.png")
 
 
 def pairs(rows: list[Row], results: Path) -> str:
@@ -387,18 +397,18 @@ def pairs(rows: list[Row], results: Path) -> str:
         axes.set_title(f"{optimizer}: overlap of curvature (above),\nsign conflict (below)")
         figure.colorbar(shown, ax=axes, shrink=0.8)
     return "\n\n".join(
-        [table(["experts of", *columns.values()], lines), _save(figure, results / "pairs.png")]
+        [table(["experts of", *columns.values()], lines), save(figure, results / "pairs.png")]
     )
 
 
-BLOCKS: Mapping[str, tuple[str, str, Callable[[list[Row], Path], str]]] = {
-    "rates": ("rates", "Learning rates, on dev", rates),
-    "experts": ("experts", "Experts", experts),
-    "costs": ("fisher", "What curvature costs", costs),
-    "selection": ("select", "Selection", selection),
-    "merging": ("merges", "Merging", merging),
-    "ablations": ("ablations", "Ablations", partial(merging, name="ablations")),
-    "correlations": ("correlations", "Agreement with the exact Fisher", correlations),
-    "pairs": ("pairs", "Overlap, conflict, barriers", pairs),
+BLOCKS: Mapping[str, Block] = {
+    "rates": Block("rates", "Learning rates, on dev", rates),
+    "experts": Block("experts", "Experts", experts),
+    "costs": Block("fisher", "What curvature costs", costs),
+    "selection": Block("select", "Selection", selection),
+    "merging": Block("merges", "Merging", merging),
+    "ablations": Block("ablations", "Ablations", partial(merging, name="ablations")),
+    "correlations": Block("correlations", "Agreement with the exact Fisher", correlations),
+    "pairs": Block("pairs", "Overlap, conflict, barriers", pairs),
 }
 """By name: the CSV file, the heading, and what is made of it."""
