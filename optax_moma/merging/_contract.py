@@ -20,6 +20,8 @@ class Contract(NamedTuple):
       min_experts: The fewest experts it can merge.
       max_experts: The most experts it can merge, or None.
       combines: Whether it turns k task vectors into one.
+      whole: Whether the last bits depend on how a leaf is spread over devices, as those of products
+        and decompositions of matrices do: then a sharded leaf is merged on one device.
       passes: How many passes over all leaves it needs before the merge itself.
     """
 
@@ -31,6 +33,7 @@ class Contract(NamedTuple):
     min_experts: int = 1
     max_experts: int | None = None
     combines: bool = False
+    whole: bool = False
     passes: int = 0
 
     def union(self, other: "Contract") -> "Contract":
@@ -45,6 +48,7 @@ class Contract(NamedTuple):
             min_experts=max(self.min_experts, other.min_experts),
             max_experts=min(limits, default=None),
             combines=self.combines or other.combines,
+            whole=self.whole or other.whole,
             passes=self.passes + other.passes,
         )
 

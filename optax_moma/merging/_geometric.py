@@ -13,17 +13,32 @@ from optax_moma.merging import _metric, _steps
 from optax_moma.merging._contract import Contract, check_number
 from optax_moma.merging._leaf import TaskVectors, combined, heard, per_expert, sum_experts
 from optax_moma.merging._steps import Chain, chain
+from optax_moma.merging._sums import fixed_sum
 
 
 def _norms(x: jax.Array) -> jax.Array:
     """Returns the norms of (k, *shape) vectors, shape (k,), of numbers as small as they may be."""
-    axes = tuple(range(1, x.ndim))
-    largest = _metric.nonzero(jnp.max(jnp.abs(x), axis=axes))
-    return largest * jnp.sqrt(jnp.sum((x / per_expert(largest, x)) ** 2, axis=axes))
+    largest, _, norms = _scaled(x)
+    return largest * norms
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    return x / per_expert(_metric.nonzero(_norms(x)), x)
+    _, scaled, norms = _scaled(x)
+    # Times the reciprocal: how a compiler divides by one number for all depends on sharding.
+    return scaled * per_expert(1 / _metric.nonzero(norms), x)
+
+
+def _scaled(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns a power of two per vector, (k,), the vectors over it, and their norms, (k,)."""
+    axes = tuple(range(1, x.ndim))
+    largest = _metric.ceiling(jnp.max(jnp.abs(x), axis=axes))
+    scaled = x / per_expert(largest, x)
+    return largest, scaled, jnp.sqrt(_sum(scaled**2, 4.0))
+
+
+def _sum(x: jax.Array, bound: float) -> jax.Array:
+    """Returns the sums over (k, *shape) numbers up to a bound, (k,): the same bits if sharded."""
+    return jnp.stack([fixed_sum(row, bound) for row in x])
 
 
 @jax.tree_util.register_dataclass
@@ -92,8 +107,7 @@ class Karcher:
         units, shares = _unit(x), per_expert(share, x)
 
         def step(_: jax.Array, u: jax.Array) -> jax.Array:
-            axes = tuple(range(1, x.ndim))
-            cosine = jnp.sum(units * u, axis=axes)
+            cosine = _sum(units * u, 2.0)
             across = units - per_expert(cosine, x) * u
             sine = _norms(across)
             length = jnp.arctan2(sine, cosine) / _metric.nonzero(sine)
@@ -174,7 +188,7 @@ class Stock:
         """Combines the task vectors."""
         x, _ = heard(leaf)
         k, units = x.shape[0], _unit(x)
-        cosines = [jnp.sum(units[s] * units[t]) for s, t in combinations(range(k), 2)]
+        cosines = [fixed_sum(units[s] * units[t], 2.0) for s, t in combinations(range(k), 2)]
         cosine = jnp.maximum(jnp.mean(jnp.stack(cosines)), 0)
         ratio = k * cosine / (1 + (k - 1) * cosine)
         return combined(leaf, ratio * _steps.weighted_mean(leaf))

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from optax_moma._checks import check_integer
+from optax_moma._matrix import reshard, sharding_of
 from optax_moma.merging import _metric, _select, _steps
 from optax_moma.merging._contract import Contract, check_number
-from optax_moma.merging._leaf import TaskVectors, per_expert, sum_experts
+from optax_moma.merging._leaf import TaskVectors, gathered, per_expert, sum_experts
 from optax_moma.merging._steps import Chain, Number, chain
+from optax_moma.merging._sums import fixed_mean, fixed_sum
 
 
 @jax.tree_util.register_dataclass
@@ -116,9 +118,10 @@ class MatchNorm:
 
     def __call__(self, leaf: TaskVectors) -> TaskVectors:
         """Scales the task vectors."""
-        axes = tuple(range(1, leaf.delta.ndim))
-        whole = jnp.sum(jnp.abs(leaf.delta), axis=axes)
-        kept = jnp.sum(jnp.abs(leaf.delta) * (leaf.weight != 0), axis=axes)
+        size = jnp.abs(leaf.delta)
+        largest = jnp.max(size, axis=tuple(range(1, size.ndim)))
+        total = lambda x: jnp.stack([fixed_sum(*pair) for pair in zip(x, largest, strict=True)])  # noqa: E731
+        whole, kept = total(size), total(size * (leaf.weight != 0))
         factor = jnp.where(kept == 0, 1.0, whole / _metric.nonzero(kept))
         return leaf._replace(delta=leaf.delta * per_expert(factor, leaf.delta))
 
@@ -153,26 +156,32 @@ class DropByMagnitude:
 
     @property
     def contract(self) -> Contract:
-        """A base and a key."""
-        return Contract(base=True, key=True)
+        """A base, a key, and whole leaves: it sorts."""
+        return Contract(base=True, key=True, whole=True)
 
     def __call__(self, leaf: TaskVectors) -> TaskVectors:
         """Multiplies the weights by random masks."""
         assert leaf.keys is not None
         shape = leaf.delta.shape[1:]
-        # Fan-in is the first axis of a matrix; a vector is ranked as a whole.
-        axis = -2 if len(shape) > 1 else -1
-        size = shape[axis] if shape else 1
-        rank = jnp.zeros_like(leaf.delta)
-        if size > 1:
-            order = jnp.argsort(jnp.abs(jax.lax.stop_gradient(leaf.delta)), axis=axis)
-            rank = jnp.argsort(order, axis=axis).astype(leaf.delta.dtype) / (size - 1)
-        probability = self.density + self.spread * (2 * rank - 1 if size > 1 else rank)
+        place = jnp.stack([_place(d) for d in leaf.delta])
+        probability = self.density + self.spread * place
         draws = jax.lax.map(lambda key: jax.random.uniform(key, shape, jnp.float32), leaf.keys)
         leaf = leaf._replace(weight=leaf.weight * (draws < probability))
         if not self.rescale:
             return leaf
         return leaf._replace(delta=leaf.delta / _metric.nonzero(probability))
+
+
+def _place(delta: jax.Array) -> jax.Array:
+    """Returns where entries stand among those of their fan-in: -1, smallest, to 1, largest."""
+    # Fan-in is the first axis of a matrix; a vector is ranked as a whole.
+    axis = -2 if delta.ndim > 1 else -1
+    size = delta.shape[axis] if delta.ndim else 1
+    if size == 1:
+        return jnp.zeros_like(delta)
+    order = jnp.argsort(gathered(jnp.abs(jax.lax.stop_gradient(delta))), axis=axis)
+    rank = reshard(jnp.argsort(order, axis=axis), sharding_of(delta))
+    return 2 * (rank.astype(delta.dtype) / (size - 1)) - 1
 
 
 def drop_by_magnitude(
@@ -260,7 +269,7 @@ class Select:
         k = leaf.delta.shape[0]
         spread = leaf.delta - sum_experts(leaf.delta) / k
         # The root of the variance orders as the variance does, and squares no small numbers.
-        largest = _metric.nonzero(jnp.max(jnp.abs(spread)))
+        largest = _metric.ceiling(jnp.max(jnp.abs(spread)))
         score = jnp.sqrt(sum_experts((spread / largest) ** 2))[None]
         threshold = _select.kth_largest(score, _select.kept_count(self.density, score.size))
         mask = _select.keep(_select.ordered_bits(score), threshold, self.density)
@@ -305,8 +314,8 @@ class Energy:
 
     def __call__(self, leaf: TaskVectors) -> TaskVectors:
         """Multiplies the weights by a number per expert."""
-        scaled = leaf.delta / _metric.nonzero(jnp.max(jnp.abs(leaf.delta)))
-        squares = jnp.mean(scaled**2, axis=tuple(range(1, scaled.ndim)))
+        scaled = leaf.delta / _metric.ceiling(jnp.max(jnp.abs(leaf.delta)))
+        squares = jnp.stack([fixed_mean(row**2, 4.0) for row in scaled])
         return leaf._replace(weight=leaf.weight * per_expert(squares, leaf.delta))
 
 
@@ -367,8 +376,8 @@ class Compete:
 
     @property
     def contract(self) -> Contract:
-        """A base."""
-        return Contract(base=True)
+        """A base, and whole leaves: exp and tanh are computed in another way where one is split."""
+        return Contract(base=True, whole=True)
 
     def __call__(self, leaf: TaskVectors) -> TaskVectors:
         """Clips the task vectors and multiplies the weights by the scores."""

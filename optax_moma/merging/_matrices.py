@@ -31,8 +31,8 @@ class EachMatrix:
 
     @property
     def contract(self) -> Contract:
-        """What the step asks for."""
-        return self.step.contract
+        """What the step asks for, and whole leaves."""
+        return self.step.contract._replace(whole=True)
 
     def __call__(self, leaf: TaskVectors) -> TaskVectors:
         """Combines the experts."""

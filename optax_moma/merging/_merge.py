@@ -6,6 +6,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from optax_moma.merging._contract import Contract, Step, SummaryStep
 from optax_moma.merging._inputs import Checked, Path, checked_inputs, is_float, path_text
@@ -32,6 +33,10 @@ def merge(
     method, the weights and the params. All is computed in float32 (float64 for float64 leaves) and
     cast once, at the end. Leaves that are not floating point are copied; they must be equal in all
     models. Experts given by name are merged in the order of their names.
+
+    Sharded leaves stay sharded, and have the bits of a merge on one device, whatever the sharding
+    (the last bits may differ where ``merge`` itself is inside a ``jit``, and where a method needs
+    leaves whole, see ``Contract``, that are spread over several processes).
 
     Args:
       method: A method such as ``ties(0.2)``, or a ``chain`` of steps.
@@ -70,7 +75,7 @@ def merge(
     averaged = [path for path in inputs.paths if is_float(reference[path])]
     method = prepared(method, lambda: (_leaf_inputs(inputs, p, key, ids) for p in averaged))
     merged = [
-        merge_leaf(method, _leaf_inputs(inputs, path, key, ids))
+        merge_sharded(method, _leaf_inputs(inputs, path, key, ids))
         if is_float(reference[path])
         else jnp.asarray(reference[path])
         for path in inputs.paths
@@ -91,6 +96,22 @@ def merge_leaf(method: Step, inputs: LeafInputs) -> jax.Array:
         return whole.astype(merged_dtype(inputs))
 
     return unstacked(merged, len(inputs.experts))(method, inputs)
+
+
+def merge_sharded(method: Step, inputs: LeafInputs) -> jax.Array:
+    """Merges one leaf by a method that is ``prepared``, and leaves it as it is sharded."""
+    like = inputs.experts[0] if inputs.base is None else inputs.base
+    arrays = [x for x in jax.tree.leaves(inputs) if isinstance(x, jax.Array)]
+    if (
+        not method.contract.whole
+        or any(isinstance(x, Tracer) or not x.is_fully_addressable for x in arrays)
+        or all(len(x.sharding.device_set) == 1 for x in arrays)
+    ):
+        return merge_leaf(method, inputs)
+    device = min(arrays[0].sharding.device_set, key=lambda device: device.id)
+    with jax.sharding.set_mesh(jax.sharding.Mesh([device], "one")):
+        merged = merge_leaf(method, jax.device_put(inputs, device))
+    return jax.device_put(merged, like.sharding)
 
 
 def prepared(method: Step, leaves: Callable[[], Iterable[LeafInputs]]) -> Step:

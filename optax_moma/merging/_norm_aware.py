@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from optax_moma.merging import _metric
 from optax_moma.merging._contract import Contract
 from optax_moma.merging._leaf import TaskVectors, per_expert, sum_experts
+from optax_moma.merging._sums import fixed_sum
 
 
 @jax.tree_util.register_dataclass
@@ -22,9 +23,8 @@ class NormAware:
 
     def __call__(self, leaf: TaskVectors) -> TaskVectors:
         """Multiplies the weights by the inverse norms."""
-        size = _metric.nonzero(jnp.max(jnp.abs(leaf.delta)))
-        axes = tuple(range(1, leaf.delta.ndim))
-        norm = jnp.sqrt(jnp.sum(jnp.square(leaf.delta / size), axis=axes))
+        scaled = leaf.delta / _metric.ceiling(jnp.max(jnp.abs(leaf.delta)))
+        norm = jnp.sqrt(jnp.stack([fixed_sum(row**2, 4.0) for row in scaled]))
         inverse = jnp.where(norm > 0, 1 / _metric.nonzero(norm), 0)
         # Where nobody has a norm, everybody counts the same.
         inverse = jnp.where(sum_experts(norm) > 0, inverse, 1)

@@ -221,7 +221,9 @@ class Drop:
         draws = jax.lax.map(lambda key: jax.random.uniform(key, shape, jnp.float32), leaf.keys)
         density = jnp.asarray(self.density, leaf.delta.dtype)
         leaf = leaf._replace(weight=leaf.weight * (draws < self.density))
-        return leaf._replace(delta=leaf.delta / _metric.nonzero(density)) if self.rescale else leaf
+        # Times the reciprocal: how a compiler divides by one number for all depends on sharding.
+        scaled = leaf.delta * (1 / _metric.nonzero(density))
+        return leaf._replace(delta=scaled) if self.rescale else leaf
 
 
 def drop(density: Number, *, rescale: bool = True) -> Drop:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.extend import core
+from jax.sharding import NamedSharding, PartitionSpec
 
 # Operations of one entry of every operand: all operands have one shape, or are scalars.
 _ELEMENTWISE = frozenset(
@@ -101,8 +102,6 @@ def _sliced(equation: Any, inputs: list[Any], k: int) -> Any:
     """Returns the result of an operation that can be made on slices, or None."""
     name, params = equation.primitive.name, equation.params
     shape: tuple[int, ...] = getattr(equation.outvars[0].aval, "shape", ())
-    if params.get("sharding") is not None:
-        return None
     one = lambda t, **changed: _bound(equation, [_slice(x, t) for x in inputs], **changed)[0]  # noqa: E731
     each = lambda **changed: _Slices(tuple(one(t, **changed) for t in range(k)))  # noqa: E731
 
@@ -114,6 +113,7 @@ def _sliced(equation: Any, inputs: list[Any], k: int) -> Any:
     if name == "broadcast_in_dim" and len(shape) > 1 and shape[0] == k:
         (x,), axes = inputs, params["broadcast_dimensions"]
         changed = {"shape": shape[1:], "broadcast_dimensions": tuple(a - 1 for a in axes if a)}
+        changed["sharding"] = _of_slices(params["sharding"])
         if 0 in axes and equation.invars[0].aval.shape[0] == k:
             return each(**changed)
         x = _slice(_array(x), 0) if 0 in axes else _array(x)
@@ -129,10 +129,15 @@ def _sliced(equation: Any, inputs: list[Any], k: int) -> Any:
         axes = tuple(axis - 1 for axis in params["axes"])
         return jnp.stack([one(t, axes=axes) for t in range(k)])
     if name == "reshape" and shape[:1] == (k,) and params["dimensions"] is None:
-        return each(new_sizes=shape[1:])
+        return each(new_sizes=shape[1:], sharding=_of_slices(params["sharding"]))
     if name == "slice" and shape == (1, *equation.invars[0].aval.shape[1:]):
         return _Slices((inputs[0].slices[params["start_indices"][0]],))
     return None
+
+
+def _of_slices(sharding: NamedSharding | None) -> NamedSharding | None:
+    """Returns how slices along the first axis are sharded."""
+    return sharding and NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
 
 
 def _slice(x: Any, t: int) -> Any:
