@@ -2,6 +2,7 @@
 
     python experiments/streaming/run.py run                      # 1 GB float32 models
     python experiments/streaming/run.py run --dtype bfloat16     # 1 GB bfloat16 models
+    python experiments/streaming/run.py plan                     # the plan of 6.7 B models
 
 A plain copy reads the parameters of k experts with Orbax and writes one of them with the same
 options; nothing less can be called a merge. Every measurement is a process of its own, so that its
@@ -29,6 +30,7 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tensorstore as ts
 import typer
 from orbax.checkpoint import v1 as ocp
 from rich.console import Console
@@ -102,6 +104,86 @@ def copy(folder: Path, models: list[str]) -> None:
             wanted[key] = jax.tree.map(place, tree)
         params = ocp.load(str(folder / name), wanted)["params"]
     ocp.save(str(folder / MERGED), params)
+
+
+def large_transformer(layers: int, width: int, hidden: int, vocabulary: int) -> dict[str, Any]:
+    """Shapes of a decoder with gated units; 6.7 B numbers with 32, 4096, 11008, 32000."""
+    block = {
+        "attention": {name: {"kernel": (width, width)} for name in ("q", "k", "v", "out")},
+        "mlp": {
+            "gate": {"kernel": (width, hidden)},
+            "up": {"kernel": (width, hidden)},
+            "down": {"kernel": (hidden, width)},
+        },
+        "norms": {"first": (width,), "second": (width,)},
+    }
+    model: dict[str, Any] = {f"layers_{i}": block for i in range(layers)}
+    embedding, head = (vocabulary, width), {"kernel": (width, vocabulary)}
+    return {"embedding": embedding, "norm": (width,), "head": head, **model}
+
+
+def write_metadata(path: Path, tree: Any) -> None:
+    """An Orbax checkpoint of arrays of zeros of any size, of which none is stored.
+
+    It is saved with arrays of a one each, and their shapes are then written over.
+    """
+    ocp.save(str(path), jax.tree.map(lambda x: np.ones((1,) * len(x.shape), x.dtype), tree))
+    folder = f"{path}/state/"
+    store = ts.KvStore.open({"driver": "ocdbt", "base": {"driver": "file", "path": folder}})
+    store, pending = store.result(), []
+
+    def enlarged(node: Any, shape: list[int]) -> Any:
+        if isinstance(node, list):
+            return [enlarged(x, shape) for x in node]
+        if not isinstance(node, dict):
+            return node
+        return {
+            key: shape if key in ("shape", "chunk_shape") else enlarged(x, shape)
+            for key, x in node.items()
+        }
+
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        if leaf.shape:
+            name = ".".join(jax.tree_util.keystr((key,), simple=True) for key in keys)
+            about = json.loads(store.read(f"{name}/zarr.json").result().value)
+            text = json.dumps(enlarged(about, list(leaf.shape)))
+            pending.append(store.write(f"{name}/zarr.json", text.encode()))
+            pending.append(store.delete_range(ts.KvStore.KeyRange(f"{name}/c/", f"{name}/c0")))
+    for write in pending:
+        write.result()
+
+
+@app.command()
+def plan(
+    method: Annotated[str, typer.Option(help="what is planned")] = "moma",
+    layers: int = 32,
+    width: int = 4096,
+    hidden: int = 11008,
+    vocabulary: int = 32000,
+    experts: int = 3,
+) -> None:
+    """How long the plan of large models takes, of which nothing but the metadata exists."""
+    shapes = large_transformer(layers, width, hidden, vocabulary)
+    abstract = lambda shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)  # noqa: E731
+    params = jax.tree.map(abstract, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    state = jax.eval_shape(om.scale_by_moma(rank=32).init, params)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_metadata(folder / "base", {"params": params})
+        write_metadata(folder / "expert0", {"params": params, "opt_state": state._asdict()})
+        for i in range(1, experts):
+            shutil.copytree(folder / "expert0", folder / f"expert{i}")
+        recipe = {"experts": {f"e{i}": str(folder / f"expert{i}") for i in range(experts)}}
+        recipe |= {"base": str(folder / "base"), "method": method}
+        (folder / f"{method}.yaml").write_text(json.dumps(recipe))
+        found = own_process("predict", method, folder, 128 << 20, "")
+    size = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
+    arrays = len(jax.tree.leaves((params, state)))
+    print(
+        f"{size / 1e9:.2f} B bfloat16 parameters, k = {experts}, {arrays} arrays an expert: planned "
+        f"in {found['seconds']:.1f} s, {len(found['problems'])} problems, predicted peak "
+        f"{found['peak'] / 1e9:.1f} GB; {machine()}"
+    )
 
 
 @app.command(hidden=True)

@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .. import merging
 from .._tree import path_name
 from ..merging._inputs import MergeError, is_float
 from ..merging._leaf import LeafInputs, stable_id
-from ..merging._merge import merge_leaf, prepared
+from ..merging._merge import merge_leaf, merge_sharded, prepared
 from . import _orbax, _safetensors
 from ._manifest import differing, digest, write_manifest
 from ._plan import CHUNK_BYTES, Job, Layer, Part, open_job, passes, problems_of, raise_problems
@@ -87,6 +88,10 @@ def merge(
     Leaves are read, merged and written in groups. Nothing is at ``output`` before all is done; a
     merge that was killed goes on where it was when it is called again, with what lies in
     ``output + ".merging"``.
+
+    One process reads through the memory of its host. A leaf that the base (without one, the first
+    expert) was saved with as sharded over devices that exist here is merged and written sharded so,
+    with the same bits; and any leaf can be restored with any sharding.
 
     Args:
       recipe: A ``Recipe``, the same as a dict, or the path of its YAML file.
@@ -508,7 +513,8 @@ def _merged(
             faults += problems_of(error)
             continue
         # One leaf at a time: the memory of a merge is a multiple of its largest leaf.
-        merged[name] = jax.block_until_ready(leaf.astype(like.dtype))
+        leaf = jax.device_put(leaf.astype(like.dtype), job.saved_sharding(part, name))
+        merged[name] = jax.block_until_ready(leaf)
     return merged
 
 
@@ -522,7 +528,7 @@ def _merge_leaf(
     like: Abstract,
 ) -> jax.Array:
     assert part.method is not None
-    curvature = _curvature_of(job, part, name, arrays)
+    curvature, sharding = _curvature_of(job, part, name, arrays), job.saved_sharding(part, name)
     estimates = jax.tree.leaves(curvature)
     if not part.method.contract.gram:
         # A negative second moment is as wrong as an infinite one.
@@ -531,7 +537,7 @@ def _merge_leaf(
     if is_float(like) and _clean([*checked, *estimates]):
         inputs = _leaf_inputs(job, part, name, models, curvature, like)
         if not part.layers:
-            return merge_leaf(method, inputs)
+            return merge_sharded(method, _spread(inputs, sharding))
         layers = enumerate(part.layers)
         return jnp.stack([merge_leaf(x.method, _layer(inputs, i, x, name)) for i, x in layers])
     # Not floating point, or something is wrong: the merge in memory knows what to do or to say.
@@ -543,6 +549,22 @@ def _merge_leaf(
         weights=part.weights,
         key=key_of(job.recipe),
     )[name]
+
+
+def _spread(inputs: LeafInputs, sharding: NamedSharding | None) -> LeafInputs:
+    """Returns the inputs of a leaf on the devices that it was saved from."""
+    if sharding is None:
+        return inputs
+    mesh = Mesh(sharding.mesh.devices, sharding.mesh.axis_names)  # its axes not in the types
+    shape = inputs.experts[0].shape
+
+    def put(x: Any) -> Any:
+        # The factors of a curvature are small.
+        spec = sharding.spec if x.shape == shape else PartitionSpec()
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    spread = jax.tree.map(put, (inputs.experts, inputs.base, inputs.curvature))
+    return inputs._replace(experts=spread[0], base=spread[1], curvature=spread[2])
 
 
 def _clean(arrays: list[Any]) -> bool:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import tensorstore as ts
+from jax.sharding import NamedSharding
 from orbax.checkpoint import v1 as ocp
 
 from .._tree import path_name
@@ -23,6 +24,8 @@ from .._tree import path_name
 
 def metadata(path: Path, item: str | None) -> Any:
     """Returns a checkpoint's tree of dicts and lists, with ``jax.ShapeDtypeStruct`` for arrays.
+
+    They say how an array was sharded when it was saved, if it was and its devices exist here.
 
     Raises:
       ValueError: if there is no readable checkpoint, or not the item.
@@ -47,9 +50,7 @@ def metadata(path: Path, item: str | None) -> Any:
         raise ValueError("its arrays cannot be opened; it is damaged, or not a tree of arrays")
     # Files hold 64-bit integers whatever JAX computes in.
     with jax.enable_x64(True):
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if _is_array(x) else x, tree
-        )
+        return jax.tree.map(_abstract, tree)
 
 
 def read(path: Path, item: str | None, tree: Any, names: Collection[str]) -> dict[str, np.ndarray]:
@@ -188,5 +189,13 @@ def _custom(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
 
 
-def _is_array(x: Any) -> bool:
-    return hasattr(x, "shape") and hasattr(x, "dtype")
+def _abstract(x: Any) -> Any:
+    if not (hasattr(x, "shape") and hasattr(x, "dtype")):
+        return x
+    try:
+        sharding = getattr(x, "sharding", None)
+    except ValueError:
+        sharding = None  # The devices it was saved from are not here.
+    if not isinstance(sharding, NamedSharding) or len(sharding.device_set) == 1:
+        sharding = None
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from ..merging import MergeError, Step
 from ..merging._inputs import checked_inputs, checked_weights, is_float
@@ -128,6 +129,12 @@ class Job:
         if "base" not in models:
             like = jnp.result_type(*(model.leaves[name].dtype for model in models.values()))
         return Abstract(leaf.shape, output_dtype(self.recipe) or like)
+
+    def saved_sharding(self, part: Part, name: str) -> NamedSharding | None:
+        """Returns how a leaf was sharded when it was saved, if it was and the devices are here."""
+        models = self.read_from(part)
+        first = models.get("base") or next(iter(models.values()))
+        return first.leaves[name].sharding
 
 
 class PlannedModel(NamedTuple):
@@ -711,9 +718,10 @@ def _work_bytes(job: Job, part: Part, name: str) -> int:
     if job.needs_curvature(part, name):
         leaf = job.reference.leaves[name]
         curvature = tuple(v.abstract(name, leaf) for v in job.curvature.values())
+    whole = lambda leaf: Abstract(leaf.shape, leaf.dtype)  # noqa: E731
     shapes: dict[str, Any] = {
-        "experts": tuple(model.leaves[name] for model in job.experts.values()),
-        "base": None if job.base is None else job.base.leaves[name],
+        "experts": tuple(whole(model.leaves[name]) for model in job.experts.values()),
+        "base": None if job.base is None else whole(job.base.leaves[name]),
         "curvature": curvature,
         "weights": Abstract((k,), jnp.float32),
         "key": jax.eval_shape(lambda: jax.random.key(0)),

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+import optax_moma as om
 from optax_moma import checkpoints
 
 ocp = pytest.importorskip("orbax.checkpoint").v1
@@ -176,6 +177,50 @@ def test_bits_do_not_depend_on_the_process(world, tmp_path, monkeypatch, method)
         for n in ("here", "there")
     )
     assert here == there
+
+
+@pytest.mark.parametrize("method", ["moma", "tsv_m"])
+def test_sharded_checkpoints(world, tmp_path, equal_bits, method):
+    """Saved from eight devices: merged and written sharded; with one device the same bits."""
+    mesh = jax.make_mesh((4, 2), ("x", "y"))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x", "y"))
+    spread = lambda x: jax.device_put(x, sharding) if x.ndim == 2 else x
+    ocp.save(tmp_path / "base", jax.tree.map(spread, world.base))
+    for name in world.experts:
+        tree = {"params": world.experts[name], "opt_state": world.states[name]}
+        ocp.save(tmp_path / name, jax.tree.map(spread, tree))
+    recipe = {
+        "base": str(tmp_path / "base"),
+        "experts": {name: str(tmp_path / name) for name in world.experts},
+        "method": method,
+    }
+    assert checkpoints.plan(recipe).problems == []
+    checkpoints.merge(recipe, tmp_path / "here")
+    code = "import json, sys; from optax_moma import checkpoints\n"
+    code += "checkpoints.merge(json.loads(sys.argv[1]), sys.argv[2])"
+    done = python(code, json.dumps(recipe), tmp_path / "there")
+    assert done.returncode == 0, done.stderr
+    curvature = world.curvature() if method == "moma" else None
+    chosen = getattr(om.merging, method)()
+    expected = om.merge(chosen, world.experts, base=world.base, curvature=curvature)
+    for merged in ("here", "there"):
+        equal_bits(checkpoints.load(tmp_path / merged), expected)
+
+    written = jax.tree.leaves(ocp.metadata(tmp_path / "here").metadata)
+    assert all(x.sharding == sharding for x in written if len(x.shape) == 2)
+    # Whatever wrote it, it can be restored with any sharding.
+    other = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, ("x", "y")))
+    anywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    wanted = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=other if x.ndim == 2 else anywhere
+        ),
+        expected,
+    )
+    for merged in ("here", "there"):
+        found = ocp.load(tmp_path / merged, wanted)
+        equal_bits(found, expected)
+        assert found["embedding"].sharding == other
 
 
 def flip(file: Path, bit: int) -> None:
