@@ -196,7 +196,8 @@ def _streamed(
     job: Job, output: Path, chunk_bytes: int, progress: Progress | None, start: float
 ) -> Merged:
     staging = output.with_name(output.name + ".merging")
-    done = _resumed(staging, _identity(job), output)
+    kind = _SafetensorsSink if output.suffix == ".safetensors" else _OrbaxSink
+    done = _resumed(staging, _identity(job), output, kind)
     total = sum(
         job.stored_bytes(part, name) * (1 + passes(part)) + _bytes(job.merged_leaf(part, name))
         for part in job.parts
@@ -214,9 +215,12 @@ def _streamed(
         for name in unit if unit not in left else ():
             task = tasks[name]
             meter.add(task.bytes + _bytes(job.merged_leaf(task.part, name)))
-    sink = (_SafetensorsSink if output.suffix == ".safetensors" else _OrbaxSink)(staging, job)
     faults: list[str] = []
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+    with (
+        contextlib.closing(kind(staging, output.name, job)) as sink,
+        ThreadPoolExecutor(1) as reader,
+        ThreadPoolExecutor(1) as writer,
+    ):
         if left:
             methods = {
                 id(part): _prepared(job, part, chunk_bytes, reader, meter) for part in job.parts
@@ -238,7 +242,6 @@ def _streamed(
             if written is not None:
                 done["leaves"] |= written.result()
     if faults:
-        sink.close()
         shutil.rmtree(staging)
         raise MergeError("Cannot merge,", list(dict.fromkeys(faults)))
     resumed = [name for unit in units if unit not in left for name in unit]
@@ -267,12 +270,19 @@ class _Meter:
             self._progress(self.done, self.total)
 
 
+_JOURNAL = "journal.jsonl"
+
+
 class _OrbaxSink:
     """Parts of an Orbax checkpoint, each written as a whole, with the digests of its leaves."""
 
-    def __init__(self, staging: Path, job: Job):
+    def __init__(self, staging: Path, name: str, job: Job):
         self.path = staging / "checkpoint"
         self._tree = job.reference.tree
+
+    @staticmethod
+    def saved(staging: Path, name: str) -> list[dict[str, Any]] | None:
+        return _orbax.saved_parts(staging / "checkpoint")
 
     def write(
         self, arrays: dict[str, jax.Array], inputs: dict[str, dict[str, str]], meter: _Meter
@@ -294,10 +304,10 @@ class _OrbaxSink:
 
 
 class _SafetensorsSink:
-    """A safetensors file."""
+    """A safetensors file, and a journal of what is written in it, with the digests."""
 
-    def __init__(self, staging: Path, job: Job):
-        self.path = staging / "model.safetensors"
+    def __init__(self, staging: Path, name: str, job: Job):
+        self.path, self._journal = staging / name, staging / _JOURNAL
         leaves = {
             name.replace("/", "."): job.merged_leaf(part, name)
             for part in job.parts
@@ -306,22 +316,36 @@ class _SafetensorsSink:
         about = {"format": "flax", "merged_by": "optax_moma"}
         self._writer = _safetensors.Writer(self.path, leaves, about)
 
+    @staticmethod
+    def saved(staging: Path, name: str) -> list[dict[str, Any]]:
+        journal = staging / _JOURNAL
+        if not (staging / name).exists():
+            journal.unlink(missing_ok=True)  # The file is at the output already.
+        *lines, _ = journal.read_text().split("\n") if journal.exists() else [""]
+        if lines:
+            journal.write_text("".join(f"{line}\n" for line in lines))  # without one cut short
+        return [json.loads(line) for line in lines]
+
     def write(
         self, arrays: dict[str, jax.Array], inputs: dict[str, dict[str, str]], meter: _Meter
     ) -> dict[str, str]:
         self._writer.write({name.replace("/", "."): x for name, x in arrays.items()})
+        digests = {name: digest(array) for name, array in arrays.items()}
+        with self._journal.open("a") as journal:
+            journal.write(json.dumps({"leaves": digests, "inputs": inputs}) + "\n")
         meter.add(sum(x.nbytes for x in arrays.values()))
-        return {name: digest(array) for name, array in arrays.items()}
+        return digests
 
     def finish(self, digests: Mapping[str, str], resumed: list[str]) -> list[str]:
-        self._writer.close()
-        return []
+        return differing(open_checkpoint(self.path), {name: digests[name] for name in resumed})
 
     def close(self) -> None:
         self._writer.close()
 
 
-def _resumed(staging: Path, identity: str, output: Path) -> dict[str, Any]:
+def _resumed(
+    staging: Path, identity: str, output: Path, kind: type[_OrbaxSink] | type[_SafetensorsSink]
+) -> dict[str, Any]:
     """Returns what an interrupted run has safely written; clears away what is of no use."""
     note, replaced = staging / "identity", staging / "replaced"
     if replaced.exists() and not output.exists():
@@ -329,7 +353,7 @@ def _resumed(staging: Path, identity: str, output: Path) -> dict[str, Any]:
     done: dict[str, Any] = {"leaves": {}, "inputs": {}}
     notes = None
     if note.exists() and note.read_text() == identity:
-        notes = _orbax.saved_parts(staging / "checkpoint")
+        notes = kind.saved(staging, output.name)
     if notes is None:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
@@ -391,11 +415,9 @@ def _commit(
         "inputs": done["inputs"],
     }
     if is_file:
-        named = staging / output.name
-        sink.path.rename(named)
-        write_manifest(named, manifest, content)
+        write_manifest(sink.path, manifest, content)
         os.replace(manifest, manifest_path(output))
-        os.replace(named, output)
+        os.replace(sink.path, output)
     else:
         write_manifest(sink.path, manifest, content)
         if output.exists():

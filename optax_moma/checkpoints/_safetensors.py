@@ -114,15 +114,15 @@ def _aligned(size: int) -> np.ndarray:
 
 
 class Writer:
-    """Writes a file whose tensors come one at a time, in any order."""
+    """Writes a file whose tensors come one at a time, in any order; or goes on with such a file."""
 
     def __init__(
         self, path: Path, leaves: Mapping[str, jax.ShapeDtypeStruct], about: Mapping[str, str]
     ):
-        """Writes the header.
+        """Writes the header, or finds that it is there.
 
         Args:
-          path: The file.
+          path: The file. One that exists with the same header keeps its tensors.
           leaves: Shape and dtype of every tensor by name.
           about: Texts for the header.
         """
@@ -138,9 +138,15 @@ class Writer:
             self._places[name] = first
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._start = 8 + len(text)
+        text = len(text).to_bytes(8, "little") + text
+        self._start = len(text)
+        if path.exists() and path.stat().st_size == len(text) + end:
+            self._file = path.open("r+b")
+            if self._file.read(len(text)) == text:
+                return
+            self._file.close()
         self._file = path.open("wb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.write(text)
         self._file.truncate(self._start + end)
 
     def write(self, arrays: Mapping[str, Any]) -> None:
@@ -148,6 +154,7 @@ class Writer:
         for name, array in arrays.items():
             self._file.seek(self._start + self._places[name])
             self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        self._file.flush()
 
     def close(self) -> None:
         """Ends the file."""

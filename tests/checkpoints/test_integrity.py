@@ -14,6 +14,7 @@ import pytest
 
 import optax_moma as om
 from optax_moma import checkpoints
+from optax_moma.checkpoints._source import manifest_path
 
 ocp = pytest.importorskip("orbax.checkpoint").v1
 ROOT = Path(__file__).parents[2]
@@ -70,19 +71,23 @@ def many_leaves(tmp_path_factory):
 
 
 def assert_like_unbroken(output, unbroken):
+    """Leaves, their digests, and what the manifest says of the merge."""
     assert checkpoints.verify(output).problems == []
     assert not output.with_name(output.name + ".merging").exists()
     one, other = (checkpoints.load(path) for path in (output, unbroken))
     assert all(np.asarray(one[k]).tobytes() == np.asarray(other[k]).tobytes() for k in other)
-    manifests = [json.loads((path / "manifest.json").read_text()) for path in (output, unbroken)]
+    manifests = [json.loads(manifest_path(path).read_text()) for path in (output, unbroken)]
     for key in ("leaves", "inputs", "recipe", "versions"):
         assert manifests[0][key] == manifests[1][key]
 
 
-def test_killed_again_and_again(many_leaves):
-    recipe, output = many_leaves / "recipe.yaml", many_leaves / "out"
+@pytest.mark.parametrize("name", ["out", "out.safetensors"])
+def test_killed_again_and_again(many_leaves, name):
+    recipe, output = many_leaves / "recipe.yaml", many_leaves / name
     rng = np.random.default_rng()
     moments = [*np.sort(rng.uniform(0.05, 1.0, 2)), "finalize", "manifest"]
+    if output.suffix:
+        moments.remove("finalize")
     for moment in moments:
         killed = python(KILLED, recipe, output, moment)
         if output.exists():  # It was faster than the timer.
@@ -96,13 +101,16 @@ def test_killed_again_and_again(many_leaves):
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_random_moments(many_leaves):
+@pytest.mark.parametrize("name", ["twenty", "twenty.safetensors"])
+def test_killed_at_twenty_random_moments(many_leaves, name):
     """Each time from the start: nothing is at the output, and the second run completes it."""
-    recipe, output = many_leaves / "recipe.yaml", many_leaves / "twenty"
+    recipe, output = many_leaves / "recipe.yaml", many_leaves / name
     seconds = float(python(KILLED, recipe, output, "never").stdout)
     rng, interrupted = np.random.default_rng(), 0
     for moment in rng.uniform(0, seconds, 20):
         shutil.rmtree(output, ignore_errors=True)
+        if output.is_file():
+            output.unlink()
         killed = python(KILLED, recipe, output, moment)
         assert killed.returncode in (0, -signal.SIGKILL), killed.stderr
         if not output.exists():
@@ -134,6 +142,37 @@ def test_what_is_resumed_is_checked(many_leaves):
     assert checkpoints.merge(other, many_leaves / "other").resumed == 0
     a, b, merged = (checkpoints.load(many_leaves / n)["w0"] for n in ("a", "b", "other"))
     np.testing.assert_allclose(merged, (a + b) / 2, rtol=1e-6)
+
+
+def test_a_safetensors_file_goes_on(many_leaves):
+    """From the last whole line of the journal; what is damaged since is found."""
+    recipe, output = many_leaves / "recipe.yaml", many_leaves / "on.safetensors"
+
+    def interrupt(done, total):
+        if done > 0.7 * total:
+            raise KeyboardInterrupt
+
+    def interrupted():
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.merge(recipe, output, chunk_bytes=1, progress=interrupt)
+        return output.with_name("on.safetensors.merging")
+
+    journal = interrupted() / "journal.jsonl"
+    whole = journal.read_text().count("\n")
+    with journal.open("a") as file:
+        file.write('{"leaves": {"w39"')
+    assert 5 < whole < 40 and not output.exists()
+    interrupted()
+    done = checkpoints.merge(recipe, output, chunk_bytes=1)
+    assert whole <= done.resumed < 40
+    assert_like_unbroken(output, many_leaves / "unbroken")
+
+    output.unlink()
+    staged = interrupted() / "on.safetensors"
+    first = len(staged.read_bytes()) - 40 * 20 * 30 * 4
+    flip(staged, 8 * (first + 100))
+    with pytest.raises(ValueError, match=r"w0 differs.*cleared away: merge again"):
+        checkpoints.merge(recipe, output)
 
 
 def test_two_merges_to_one_output(many_leaves):
