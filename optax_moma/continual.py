@@ -444,8 +444,9 @@ def stages(
       An iterator.
 
     Raises:
-      ValueError: There is no task, ``train`` does not return a pair, or the method finds a fault in
-        what it returns, such as a curvature of another structure or values that are not finite.
+      ValueError: There is no task, ``start`` holds values that are not finite, ``train`` does not
+        return a pair, or the method finds a fault in what it returns, such as a curvature of
+        another structure or values that are not finite.
 
     Example:
       >>> import jax.numpy as jnp
@@ -458,6 +459,8 @@ def stages(
 
     Source: arXiv 2509.23592.
     """
+    if start is not None:
+        check_finite("start", _learnable(start))
     params, state = (base, method.init(base)) if start is None else start
     task = nothing = object()
     for task in tasks:

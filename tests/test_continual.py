@@ -376,6 +376,15 @@ def test_faulty_streams():
         list(stages(opcm(), BASE, [0], lambda params, task: (diverged, None)))
 
 
+def test_a_state_that_is_not_finite_is_no_start():
+    train, _ = trainer(EXPERTS, CURVATURE)
+    *_, last = stages(running_mean(), BASE, [0], train)
+    delta = last.state.delta | {"bias": np.full(7, np.inf, np.float32)}
+    broken = last._replace(state=last.state._replace(delta=delta))
+    with pytest.raises(ValueError, match=r"start holds values .* not finite at .*delta/bias"):
+        list(stages(running_mean(), BASE, [1], train, start=broken))
+
+
 def test_the_module_is_public():
     import optax_moma
 
