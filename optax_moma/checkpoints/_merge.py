@@ -28,8 +28,18 @@ from ..merging._inputs import MergeError, is_float
 from ..merging._leaf import LeafInputs, stable_id
 from ..merging._merge import merge_leaf, merge_sharded, prepared
 from . import _orbax, _safetensors
+from ._job import (
+    CHUNK_BYTES,
+    Job,
+    Layer,
+    Part,
+    leaf_bytes,
+    open_job,
+    passes,
+    problems_of,
+    raise_problems,
+)
 from ._manifest import differing, digest, write_manifest
-from ._plan import CHUNK_BYTES, Job, Layer, Part, open_job, passes, problems_of, raise_problems
 from ._recipe import Recipe, key_of, output_dtype
 from ._source import Abstract, Checkpoint, manifest_path, open_checkpoint, open_model
 
@@ -199,7 +209,7 @@ def _streamed(
     kind = _SafetensorsSink if output.suffix == ".safetensors" else _OrbaxSink
     done = _resumed(staging, _identity(job), output, kind)
     total = sum(
-        job.stored_bytes(part, name) * (1 + passes(part)) + _bytes(job.merged_leaf(part, name))
+        job.stored_bytes(part, name) * (1 + passes(part)) + leaf_bytes(job.merged_leaf(part, name))
         for part in job.parts
         for name in part.names
     )
@@ -214,7 +224,7 @@ def _streamed(
     for unit in units:
         for name in unit if unit not in left else ():
             task = tasks[name]
-            meter.add(task.bytes + _bytes(job.merged_leaf(task.part, name)))
+            meter.add(task.bytes + leaf_bytes(job.merged_leaf(task.part, name)))
     faults: list[str] = []
     with (
         contextlib.closing(kind(staging, output.name, job)) as sink,
@@ -246,7 +256,7 @@ def _streamed(
         raise MergeError("Cannot merge,", list(dict.fromkeys(faults)))
     resumed = [name for unit in units if unit not in left for name in unit]
     _commit(job, sink, staging, output, done, resumed)
-    written_bytes = sum(_bytes(job.merged_leaf(t.part, t.name)) for t in tasks.values())
+    written_bytes = sum(leaf_bytes(job.merged_leaf(t.part, t.name)) for t in tasks.values())
     return Merged(
         output,
         len(tasks),
@@ -736,7 +746,3 @@ def _pruned(tree: Any, arrays: Mapping[str, Any], *, empty: bool) -> Any:
     if tree is None:
         return None if empty else _NOTHING
     return arrays.get(tree, _NOTHING)
-
-
-def _bytes(leaf: Abstract) -> int:
-    return int(np.prod(leaf.shape, dtype=np.int64)) * np.dtype(leaf.dtype).itemsize

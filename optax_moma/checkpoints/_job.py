@@ -1,0 +1,478 @@
+"""A recipe with all that it names opened, and everything that is wrong with it, before any work."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from ..merging import MergeError, Step
+from ..merging._inputs import checked_inputs, checked_weights, is_float
+from . import _globs, _source
+from ._recipe import Recipe, build_method, key_of, output_dtype, valued
+from ._source import Abstract, CurvatureOf, Model
+
+CHUNK_BYTES = 128 << 20
+
+
+class Layer(NamedTuple):
+    """How one layer of a stack is merged: the method, and the experts' weights."""
+
+    method: Step
+    weights: dict[str, float]
+
+
+class Part(NamedTuple):
+    """Leaves that are merged alike.
+
+    Attributes:
+      rule: The index of the rule that they fall under, or None.
+      method: How they are merged, or None.
+      keep: The model that they are copied from, if they are not merged.
+      weights: The experts' weights.
+      names: Their paths.
+      layers: If the leaves are stacks of layers, how each layer is merged; ``method`` and
+        ``weights`` are then those of the first.
+    """
+
+    rule: int | None
+    method: Step | None
+    keep: str | None
+    weights: dict[str, float]
+    names: list[str]
+    layers: tuple[Layer, ...] = ()
+
+
+@dataclass
+class Job:
+    """A recipe with everything that it names opened, and all that is wrong with it.
+
+    Attributes:
+      recipe: The recipe.
+      base: The base, or None.
+      experts: The experts by name.
+      curvature: What is known of the experts' curvature, by name, where a method needs it.
+      parts: The leaves by how they are merged.
+      ignored: The paths of leaves that are left out.
+      problems: What makes the merge impossible.
+      warnings: What makes it doubtful.
+      kinship: For each expert its drift from the base and the cosine with it, of a matrix.
+      steps: How far each model was trained, by name, where it says so.
+      gradients: From how many gradients each expert's curvature was estimated, where it says so.
+    """
+
+    recipe: Recipe
+    base: Model | None = None
+    experts: dict[str, Model] = field(default_factory=dict)
+    curvature: dict[str, CurvatureOf] = field(default_factory=dict)
+    parts: list[Part] = field(default_factory=list)
+    ignored: set[str] = field(default_factory=set)
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    kinship: dict[str, tuple[float, float]] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=dict)
+    gradients: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def models(self) -> dict[str, Model]:
+        """All models, the base among them."""
+        return ({} if self.base is None else {"base": self.base}) | self.experts
+
+    @property
+    def reference(self) -> Model:
+        """The model whose structure the merged one has."""
+        return self.base or next(iter(self.experts.values()))
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """All that is read, by what messages call it."""
+        found = {model.label: model.checkpoint.path for model in self.models.values()}
+        found |= {f"the curvature of {n}": v.checkpoint.path for n, v in self.curvature.items()}
+        recipe = self.recipe.file
+        return found if recipe is None else {**found, "the recipe": recipe}
+
+    def read_from(self, part: Part) -> dict[str, Model]:
+        """Returns the models that a part's leaves are read from."""
+        models = self.models
+        return models if part.keep is None else {n: m for n, m in models.items() if n == part.keep}
+
+    def needs_curvature(self, part: Part, name: str) -> bool:
+        """Whether a leaf is merged by its curvature."""
+        leaf = self.reference.leaves[name]
+        return part.method is not None and part.method.contract.curvature and is_float(leaf)
+
+    def stored_bytes(self, part: Part, name: str) -> int:
+        """Returns how many bytes are read for a leaf."""
+        models = self.read_from(part).values()
+        total = sum(leaf_bytes(model.leaves[name]) for model in models)
+        if self.needs_curvature(part, name):
+            for v in self.curvature.values():
+                if name in v.needs:
+                    total += sum(leaf_bytes(v.checkpoint.leaves[n]) for n in v.needs[name].names)
+        return total
+
+    def merged_leaf(self, part: Part, name: str) -> Abstract:
+        """Returns the shape and dtype of a merged leaf."""
+        models = self.read_from(part)
+        first = models.get("base") or next(iter(models.values()))
+        leaf = first.leaves[name]
+        if not is_float(leaf):
+            return leaf
+        like = leaf.dtype
+        if "base" not in models:
+            like = jnp.result_type(*(model.leaves[name].dtype for model in models.values()))
+        return Abstract(leaf.shape, output_dtype(self.recipe) or like)
+
+    def saved_sharding(self, part: Part, name: str) -> NamedSharding | None:
+        """Returns how a leaf was sharded when it was saved, if it was and the devices are here."""
+        models = self.read_from(part)
+        first = models.get("base") or next(iter(models.values()))
+        return first.leaves[name].sharding
+
+
+def open_job(recipe: Recipe) -> Job:
+    """Opens all that a recipe names, and collects what is wrong in ``problems``."""
+    job = Job(recipe)
+    if recipe.base is not None:
+        job.base = _opened(job, "the base", recipe.base)
+    for name, expert in recipe.experts.items():
+        model = _opened(job, f"expert {name!r}", expert)
+        if model is not None:
+            job.experts[name] = model
+    if not job.experts or (recipe.base is not None and job.base is None):
+        return job  # There is nothing that the others could be compared with.
+    everywhere = list(dict.fromkeys(n for m in job.models.values() for n in m.leaves))
+    for glob in recipe.ignore:
+        job.ignored |= set(_matches(job, "ignore", [glob], everywhere))
+    names = [name for name in job.reference.leaves if name not in job.ignored]
+    if not names:
+        job.problems.append("nothing to merge: the model has no leaves")
+    job.parts = _parts(job, names)
+    _compare_structures(job)
+    _open_curvature(job)
+    problems = [p for part in job.parts for p in _part_problems(job, part)]
+    job.problems += [p for p in dict.fromkeys(problems) if p not in job.problems]
+    if not job.problems:
+        _check_base(job)
+        _check_ages(job)
+    return job
+
+
+def passes(part: Part) -> int:
+    """Returns how many passes a part needs before the merge."""
+    return 0 if part.method is None else part.method.contract.passes
+
+
+def problems_of(error: ValueError) -> list[str]:
+    """Returns all that an error says is wrong."""
+    return error.problems if isinstance(error, MergeError) else [str(error)]
+
+
+def raise_problems(job: Job) -> None:
+    """Raises if anything is wrong."""
+    if job.problems:
+        raise MergeError("Cannot merge,", job.problems)
+
+
+def _opened(job: Job, label: str, source: Any) -> Model | None:
+    try:
+        checkpoint = _source.open_checkpoint(
+            job.recipe.where(source.path), source.item, source.step
+        )
+        return _source.open_model(label, checkpoint, source.params, source.rename)
+    except ValueError as error:
+        job.problems.append(f"{label}: {error}")
+        return None
+
+
+def _matches(job: Job, what: str, globs: list[str], names: list[str]) -> list[str]:
+    try:
+        found = _globs.matches(globs, names)
+    except ValueError as error:
+        job.problems.append(f"{what}: {error}")
+        return []
+    if not found:
+        job.problems.append(
+            f"{what}: {', '.join(globs)} matches none of {len(names)} leaves; the closest path is "
+            f"{_globs.closest(globs[0], names)}"
+        )
+    return found
+
+
+def _parts(job: Job, names: list[str]) -> list[Part]:
+    """Sorts the leaves by the first rule that matches them."""
+    recipe = job.recipe
+    plain = {name: expert.weight for name, expert in recipe.experts.items()}
+    left, parts = list(names), []
+    for i, rule in enumerate(recipe.rules):
+        if rule.otherwise is not None:
+            found = left
+        else:
+            all_matched = _matches(job, f"rule {i}", rule.globs, names)
+            remaining = set(left)
+            found = [name for name in all_matched if name in remaining]
+            if all_matched and not found:
+                job.problems.append(
+                    f"rule {i}: every leaf that {', '.join(rule.globs)} matches falls under an "
+                    "earlier rule; put the narrower rule first"
+                )
+        taken = set(found)
+        left = [name for name in left if name not in taken]
+        if not found:
+            continue
+        keep = "base" if rule.otherwise == "base" else rule.keep
+        if keep is not None:
+            parts.append(Part(i, None, keep, plain, found))
+            continue
+        spec = rule.method if rule.method is not None else rule.otherwise
+        spec = recipe.method if spec is None else spec
+        at = lambda x: Layer(  # noqa: E731
+            build_method(spec, valued(rule.values, x)),  # noqa: B023
+            plain | valued(rule.weights, x),  # noqa: B023
+        )
+        try:
+            parts += _stacked(job, i, found, at) if rule.stacked else _by_layer(job, i, found, at)
+        except ValueError as error:
+            job.problems.append(f"rule {i}: {error}")
+    if left:
+        parts.append(Part(None, build_method(recipe.method, {}), None, plain, left))
+    return parts
+
+
+def _by_layer(job: Job, i: int, names: list[str], at: Callable[[float], Layer]) -> Iterator[Part]:
+    """Gives the leaves under a rule layer by layer, with the rule's values there."""
+    rule = job.recipe.rules[i]
+    if not any(isinstance(v, list) for v in (*rule.values.values(), *rule.weights.values())):
+        method, weights = at(0.0)
+        yield Part(i, method, None, weights, names)
+        return
+    layers = _globs.layers(names)
+    if layers is None:
+        nameless = next(name for name in names if _globs.layers([name]) is None)
+        raise ValueError(
+            f"a list of values is a gradient over layers, but {nameless} has no number; is it a "
+            "stack of layers? Then say stacked: true"
+        )
+    numbers = sorted(set(layers.values()))
+    for position, number in enumerate(numbers):
+        method, weights = at(position / max(len(numbers) - 1, 1))
+        yield Part(i, method, None, weights, [n for n in names if layers[n] == number])
+
+
+def _stacked(job: Job, i: int, names: list[str], at: Callable[[float], Layer]) -> Iterator[Part]:
+    """Gives the leaves under a rule for stacks by how many layers they have."""
+    shapes = {name: job.reference.leaves[name].shape for name in names}
+    flat = [name for name, shape in shapes.items() if not shape or not shape[0]]
+    if flat:
+        raise ValueError(f"stacked: {_listed(flat)} has no layers along its first axis")
+    if at(0.0).method.contract.passes:
+        raise ValueError(
+            "stacked: a method that looks at all leaves first has no layers of its own"
+        )
+    for depth in sorted({shape[0] for shape in shapes.values()}):
+        layers = tuple(at(position / max(depth - 1, 1)) for position in range(depth))
+        alike = [name for name in names if shapes[name][0] == depth]
+        yield Part(i, layers[0].method, None, layers[0].weights, alike, layers)
+
+
+def _compare_structures(job: Job) -> None:
+    """Notes leaves that are missing, or left over, or not arrays."""
+    reference = job.reference
+    for part in job.parts:
+        for model in job.read_from(part).values():
+            missing = [name for name in part.names if name not in model.leaves]
+            if missing:
+                extra = [n for n in model.leaves if n not in reference.leaves]
+                has = f"; it has {_listed(extra)}" if extra else ""
+                job.problems.append(
+                    f"{model.label} lacks leaves that {reference.label} has: {_listed(missing)}"
+                    f"{has}; name them alike with rename:, copy them with a rule keep: base, or "
+                    "leave them out with ignore:"
+                )
+            for name in part.names:
+                leaf = model.leaves.get(name)
+                if leaf is not None and not isinstance(leaf, Abstract):
+                    job.problems.append(
+                        f"{model.label}, {name}: a {type(leaf).__name__} is no array; leave it out "
+                        "with ignore:"
+                    )
+    for model in job.models.values():
+        extra = [n for n in model.leaves if n not in reference.leaves and n not in job.ignored]
+        if extra:
+            job.problems.append(
+                f"{model.label} has leaves that {reference.label} lacks: {_listed(extra)}; leave "
+                "them out with ignore:"
+            )
+
+
+def _open_curvature(job: Job) -> None:
+    if not any(part.method and part.method.contract.curvature for part in job.parts):
+        return
+    for name, expert in job.recipe.experts.items():
+        if name not in job.experts:
+            continue
+        model, source = job.experts[name], expert.curvature
+        try:
+            checkpoint = model.checkpoint
+            if source and source.path:
+                where = job.recipe.where(source.path)
+                checkpoint = _source.open_checkpoint(where, source.item, source.step)
+            elif checkpoint.tensors is not None:
+                raise ValueError(
+                    "a safetensors checkpoint holds no optimizer state; name a file that "
+                    "export-curvature wrote with curvature: {path: ...}"
+                )
+            job.curvature[name] = (
+                _source.open_curvature(model, checkpoint, source.tree, source.b2, source.missing)
+                if source
+                else _source.open_curvature(model, checkpoint, None, 0.999, None)
+            )
+        except ValueError as error:
+            job.problems.append(f"the curvature of {model.label}: {error}")
+
+
+def _part_problems(job: Job, part: Part) -> list[str]:
+    """Lets the merge itself look at the shapes of a part."""
+    if part.method is None:
+        return []
+    problems: list[str] = []
+    contract = part.method.contract
+    curvature = None
+    if len(job.experts) < len(job.recipe.experts):
+        checked_weights(contract, part.weights, part.weights, sorted(part.weights), problems)
+        return problems
+    # What is missing or no array was noted when the structures were compared.
+    part = part._replace(
+        names=[
+            name
+            for name in part.names
+            if all(isinstance(m.leaves.get(name), Abstract) for m in job.models.values())
+        ]
+    )
+    if not part.names:
+        return []
+    if contract.curvature and len(job.curvature) == len(job.experts):
+        curvature = {}
+        for expert, v in job.curvature.items():
+            needing = [n for n in part.names if job.needs_curvature(part, n)]
+            curvature[expert] = dict.fromkeys(part.names)
+            uncovered = [n for n in needing if n not in v.needs and v.missing is None]
+            if uncovered and not contract.gram:
+                problems.append(
+                    f"expert {expert!r} has no curvature for {_listed(uncovered)}; if these leaves "
+                    "were frozen, give them one with curvature: {missing: 0.0}"
+                )
+            for name in needing:
+                leaf = job.experts[expert].leaves[name]
+                if name in uncovered and not contract.gram:
+                    curvature[expert][name] = Abstract(leaf.shape, jnp.float32)
+                    continue
+                try:
+                    curvature[expert][name] = v.abstract(name, leaf)
+                except ValueError as error:
+                    problems.append(f"the curvature of expert {expert!r}: {error}")
+                    curvature[expert][name] = Abstract(leaf.shape, jnp.float32)
+    elif contract.curvature:
+        return []  # Noted when it was looked for.
+    trees = {name: {n: model.leaves[n] for n in part.names} for name, model in job.experts.items()}
+    base = None if job.base is None else {n: job.base.leaves[n] for n in part.names}
+    for weights in [layer.weights for layer in part.layers] or [part.weights]:
+        try:
+            checked_inputs(contract, trees, base, curvature, weights, key_of(job.recipe))
+        except ValueError as error:
+            problems += problems_of(error)
+    return problems
+
+
+def _check_base(job: Job) -> None:
+    """Reads a matrix or two, and sees whether the experts descend from the base.
+
+    Weights of one origin have a cosine near one, of two origins near zero. If some models agree and
+    others do not, a base was mistaken; if none agree they may be noise, which is only told.
+    """
+    if job.base is None or not job.recipe.check_base:
+        return
+    merged = [n for p in job.parts if p.method and p.method.contract.base for n in p.names]
+    shapes = job.base.leaves
+    matrices = [n for n in merged if len(shapes[n].shape) >= 2 and is_float(shapes[n])]
+    fitting = [
+        n for n in matrices if 256 <= np.prod(shapes[n].shape) and leaf_bytes(shapes[n]) < 8e6
+    ]
+    sample = sorted(fitting, key=lambda n: leaf_bytes(shapes[n]))[-1:]
+    if not sample:
+        return
+    vectors = {}
+    for name, model in job.models.items():
+        try:
+            arrays = model.checkpoint.read([model.stored[n] for n in sample])
+        except ValueError as error:
+            job.problems.append(f"{model.label}: {error}")
+            return
+        vectors[name] = np.concatenate([np.asarray(x, np.float32).ravel() for x in arrays.values()])
+    base = vectors.pop("base")
+    scale = float(np.linalg.norm(base)) or 1.0
+    for name, x in vectors.items():
+        job.kinship[name] = (float(np.linalg.norm(x - base)) / scale, _cosine(x, base))
+    strangers = [name for name, x in vectors.items() if _cosine(x, base) < 0.5]
+    if not strangers:
+        return
+    first = vectors[strangers[0]]
+    kin = len(strangers) > 1 and all(_cosine(first, vectors[n]) > 0.9 for n in strangers[1:])
+    what = (
+        f"{', '.join(f'expert {n!r}' for n in strangers)}: not fine-tuned from this base, the "
+        f"cosine of {sample[0]} is {_cosine(first, base):.2f}"
+    )
+    if kin or len(strangers) < len(vectors):
+        job.problems.append(what + "; name the right base:, or check_base: false if you are sure")
+    elif np.isfinite(_cosine(first, base)):
+        job.warnings.append(what)
+
+
+# Fewer gradients than these make a noisy estimate.
+_FEW = 10
+
+
+def _check_ages(job: Job) -> None:
+    """Notes how far the models were trained, and curvature that is empty, noisy or old."""
+    try:
+        for name, model in job.models.items():
+            if (step := model.step) is not None:
+                job.steps[name] = step
+        for name, v in job.curvature.items():
+            if (gradients := v.gradients) is not None:
+                job.gradients[name] = gradients
+            _check_age(job, name, v)
+    except ValueError as error:
+        job.problems.append(str(error))
+
+
+def _check_age(job: Job, name: str, v: CurvatureOf) -> None:
+    label, gradients = f"the curvature of expert {name!r}", job.gradients.get(name)
+    if gradients == 0 and v.missing is None:
+        job.problems.append(
+            f"{label} is zero: its optimizer state has seen no gradient; name the state at the end "
+            "of training with curvature:"
+        )
+    elif gradients is not None and gradients < _FEW:
+        job.warnings.append(f"{label} is noisy: it was estimated from {gradients} gradients")
+    then, now = v.step(job.experts[name]), job.steps.get(name)
+    if None not in (then, now) and then != now:
+        job.warnings.append(f"{label} is of step {then}, but the expert is of step {now}")
+
+
+def _cosine(x: np.ndarray, y: np.ndarray) -> float:
+    scale = float(np.linalg.norm(x)) * float(np.linalg.norm(y))
+    return float(np.vdot(x, y)) / scale if scale > 0 else 1.0
+
+
+def _listed(names: list[str], most: int = 10) -> str:
+    more = f", and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def leaf_bytes(leaf: Abstract) -> int:
+    """Returns the size of an array in bytes."""
+    return int(np.prod(leaf.shape, dtype=np.int64)) * np.dtype(leaf.dtype).itemsize
