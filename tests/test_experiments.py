@@ -101,6 +101,26 @@ def test_streaming(tmp_path):
     assert float(rows[2]["predicted_mb"]) > 0 and not (tmp_path / module.MERGED).exists()
 
 
+def test_plan_of_metadata_alone(tmp_path):
+    """A large checkpoint of which nothing is stored is planned as if it were all there."""
+    pytest.importorskip("orbax.checkpoint")
+    from optax_moma import checkpoints
+
+    module = script("streaming")
+    shapes = module.large_transformer(2, 4096, 11008, 32000)
+    abstract = lambda shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    params = jax.tree.map(abstract, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    state = jax.eval_shape(om.scale_by_moma(rank=8).init, params)
+    module.write_metadata(tmp_path / "base", params)
+    module.write_metadata(tmp_path / "a", {"params": params, "opt_state": state._asdict()})
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) < 1e6
+    recipe = {"base": str(tmp_path / "base"), "experts": {"a": str(tmp_path / "a")}}
+    found = checkpoints.plan({**recipe, "method": "ties"})
+    size = 2 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 4096 + 2 * 32000 * 4096
+    assert found.problems == [] and found.parameters == size
+    assert found.read_bytes == 2 * 2 * size and found.write_bytes == 2 * size
+
+
 def test_moe_cost(tmp_path, monkeypatch):
     pytest.importorskip("flax")
     module = script("moe_cost")

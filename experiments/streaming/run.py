@@ -180,8 +180,8 @@ def plan(
     size = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
     arrays = len(jax.tree.leaves((params, state)))
     print(
-        f"{size / 1e9:.2f} B bfloat16 parameters, k = {experts}, {arrays} arrays an expert: planned "
-        f"in {found['seconds']:.1f} s, {len(found['problems'])} problems, predicted peak "
+        f"{size / 1e9:.2f} B bfloat16 parameters, k = {experts}, {arrays} arrays an expert: "
+        f"planned in {found['seconds']:.1f} s, {len(found['problems'])} problems, predicted peak "
         f"{found['peak'] / 1e9:.1f} GB; {machine()}"
     )
 
