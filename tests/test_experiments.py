@@ -119,19 +119,3 @@ def test_plan_of_metadata_alone(tmp_path):
     size = 2 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 4096 + 2 * 32000 * 4096
     assert found.problems == [] and found.parameters == size
     assert found.read_bytes == 2 * 2 * size and found.write_bytes == 2 * size
-
-
-def test_moe_cost(tmp_path, monkeypatch):
-    pytest.importorskip("flax")
-    module = script("moe_cost")
-    chosen = ("soft merging", "domain, metric of rank 4")
-    monkeypatch.setattr(module, "LAYERS", {name: module.LAYERS[name] for name in chosen})
-    out = tmp_path / "results.csv"
-    sizes = ["--width", "8", "--hidden", "12", "--length", "4", "--segment", "2", "--batch", "2"]
-    monkeypatch.setattr(sys, "argv", ["run.py", *sizes, "--output", str(out)])
-    module.main()
-    soft, metric = csv.DictReader(out.read_text().splitlines())
-    assert float(soft["relative"]) == 1 and float(metric["milliseconds"]) > 0
-    # Twice the base, and the metrics of 4 experts: 8 = 2 x 4, 12 = 3 x 4.
-    more = 2 * 8 * 12 + 8 + 12 + 2 * 4 * 4 * (4 + 16 + 9 + 16)
-    assert int(metric["parameters"]) - int(soft["parameters"]) == more

@@ -1,8 +1,9 @@
 """What one training step takes: time, temporary memory, parameters.
 
-Three setups: one feed-forward network of 256 x 1024 with 4 experts on 8,192 tokens of random
-states, where the metric's cost is judged; and the two models of the study, at the study's sizes. In
-each, all variants take their steps in turns, so that other work on the machine meets them alike.
+One feed-forward network of 256 x 1024 with 4 experts on 8,192 tokens of random states, where the
+metric's cost is judged, and on twice as many (``large``); and the two models of the study, at the
+study's sizes. In each setup all variants take their steps in turns, so that other work on the
+machine meets them alike.
 """
 
 import time
@@ -95,6 +96,7 @@ def classifier() -> Setup:
 
 SETUPS: dict[str, Callable[[], Setup]] = {
     "layer": layer,
+    "large": partial(layer, batch=32),
     "language": language_model,
     "text": classifier,
 }
