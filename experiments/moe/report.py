@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 
 from experiments.glue.glue_study.report import Block, Row, number, save, table, tidy, unique
 
+from .variants import VARIANTS
+
 REFERENCE = "soft"
 COLOURS = {
     "dense": "black",
@@ -32,9 +34,10 @@ def best(rows: Sequence[Row], variant: str) -> dict[str, Row]:
     return {row["seed"]: row for row in own if row["learning_rate"] == rate}
 
 
-def differences(rows: Sequence[Row], variant: str, column: str) -> list[float]:
-    """What a variant has more than soft merging, seed by seed, each at its own best rate."""
-    ours, theirs = best(rows, variant), best(rows, REFERENCE)
+def differences(rows: Sequence[Row], variant: str, reference: str = REFERENCE) -> list[float]:
+    """Test loss above that of the reference, seed by seed, each at its own best rate."""
+    ours, theirs = best(rows, variant), best(rows, reference)
+    column = "test_loss"
     return [float(ours[s][column]) - float(theirs[s][column]) for s in ours if s in theirs]
 
 
@@ -50,12 +53,13 @@ def costs(setup: str, results: Path) -> Mapping[str, Row]:
 def learned(rows: list[Row], results: Path, setup: str, name: str) -> str:
     """What every variant learned at its best rate, at which rates, and a figure of both."""
     accuracy = "test_accuracy" in rows[0]
+    rows.sort(key=lambda row: list(VARIANTS).index(row["variant"]))
     measured = costs(setup, results)
     lines = []
     for variant in unique(rows, "variant"):
         own = best(rows, variant)
         column = lambda c, own=own: [float(row[c]) for row in own.values()]  # noqa: E731
-        more = differences(rows, variant, "test_loss")
+        more = differences(rows, variant)
         price = measured.get(variant)
         lines.append(
             [
@@ -66,7 +70,10 @@ def learned(rows: list[Row], results: Path, setup: str, name: str) -> str:
                 "" if variant == REFERENCE else number(more, 3, 1.0),
                 *([number(column("test_accuracy"))] if accuracy else []),
                 number(column("test_evenness"), 2, 1.0) if variant != "dense" else "",
-                *([price["milliseconds"], price["temporaries_mb"]] if price else ["", ""]),
+                *(
+                    f"{float(price[name]):.0f}" if price else ""
+                    for name in ("milliseconds", "temporaries_mb")
+                ),
                 str(len(own)),
             ]
         )
@@ -84,9 +91,30 @@ def learned(rows: list[Row], results: Path, setup: str, name: str) -> str:
             about,
             "Dev loss of seed 0 by learning rate, by which rates were chosen:",
             by_rate(rows),
+            confounded(rows),
             figure(rows, results / f"{name}.png"),
             f"`{rows[0]['command']}`",
         ]
+    )
+
+
+def confounded(rows: Sequence[Row]) -> str:
+    """What the published start seems to win at one rate, and what is left at rates of their own."""
+    ours, plain, scaled = "domain, r identities", "domain", "domain, scale r"
+    if not {ours, plain, scaled} <= set(unique(rows, "variant")):
+        return ""
+    dev = {
+        (row["variant"], row["learning_rate"]): float(row["dev_loss"])
+        for row in rows
+        if row["seed"] == "0"
+    }
+    rates = sorted((r for v, r in dev if v == ours and (plain, r) in dev), key=float)
+    gaps = ", ".join(f"{dev[ours, r] - dev[plain, r]:+.3f} at {float(r):g}" for r in rates)
+    left, own = (number(differences(rows, ours, v), 3, 1.0) for v in (plain, scaled))
+    return (
+        f"`{ours}` less `{plain}`: at one rate for both, {gaps} (dev loss, seed 0); each at its"
+        f" best rate, {left} (test loss, paired). `{ours}` less `{scaled}`, each at its best rate:"
+        f" {own}."
     )
 
 
@@ -114,7 +142,7 @@ def figure(rows: Sequence[Row], path: Path) -> str:
     _rates(rows, left)
     variants = [v for v in unique(rows, "variant") if v != REFERENCE]
     for place, variant in enumerate(variants):
-        more = differences(rows, variant, "test_loss")
+        more = differences(rows, variant)
         colour = COLOURS.get(variant, "0.5")
         right.plot(more, [place] * len(more), "o", color=colour, ms=5, alpha=0.6)
         right.plot(np.mean(more), place, "|", color=colour, ms=22, mew=2.5)

@@ -18,14 +18,21 @@ from optax_moma.demo.encoder import Encoder, Layer, embed, load_pretrained
 from optax_moma.moe import Dense
 
 from .training import Batch, Problem, Scores
-from .variants import VARIANTS as ALL
 from .variants import Sizes, Stack, Variant
 
 EXAMPLES = tasks.Sizes(train=1024, dev=250, test=500)
 LENGTH, BATCH, EPOCHS, RANK = 32, 32, 1, 2
 """Texts are cut after LENGTH tokens."""
-VARIANTS = [name for name in ALL if name not in ("dynamic, metric", "ties", "dare")]
-"""A shared base takes two layers; masks without a metric are left to the language model."""
+VARIANTS = [
+    "dense",
+    "soft",
+    "domain, metric",
+    "domain, r identities",
+    "domain, scale r",
+    "sparse, top 2",
+]
+"""Domain merging is soft merging; masks are left to the language model; a shared base takes two
+layers."""
 
 
 class Classifier(nnx.Module):
