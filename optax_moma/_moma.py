@@ -315,12 +315,15 @@ def _matrix_step(
         outside = rho * jnp.sqrt(jnp.maximum(total**2 - _norm(B) ** 2, 0))
         # U (s V^T / w1) + rho (G' - U B), whose length is known before it is formed.
         clip = _clip(jnp.hypot(momentum, outside), layout, hyper.clip_rms)
-        K = transposed(factors.V) * (factors.s / w1)[..., None] - rho * B
-        low, high = contract("mr,rn->mn", factors.U, clip * K), clip * rho * p
-        step, error = low + high * G * q, state.error
-        # The sums read low rather than step, so that step is only ever written, as the update.
-        rows = moments.row_sums(G * (low + unshared(high) * G * q))
-        cols = moments.col_sums(G * (low + unshared(high) * G * q))
+        K = clip * (transposed(factors.V) * (factors.s / w1)[..., None] - rho * B)
+        high = clip * rho * p
+        step, error = contract("mr,rn->mn", factors.U, K) + high * G * q, state.error
+        # The sums of G * step, from thin products: read for them, step would have to be stored.
+        by_col, by_row = _weighted_square(q, G), _weighted_square(high, G)
+        rows = jnp.sum(factors.U * contract("mn,rn->mr", G, K), axis=-1)
+        rows += high[..., 0] * moments.row_sums(by_col)
+        cols = jnp.sum(K * contract("mr,mn->rn", factors.U, G), axis=-2)
+        cols += q[..., 0, :] * moments.col_sums(by_row)
     else:
         A = (1 - b1) * p * G * q + b1 * _decode(state.error, wide)
         factors, _ = follow(
@@ -392,6 +395,11 @@ def _clip(norm: jax.Array, layout: Layout, clip_rms: Scalar) -> jax.Array:
 
 def _norm(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True))
+
+
+def _weighted_square(weight: jax.Array, G: jax.Array) -> jax.Array:
+    weight, G = unshared((weight, G))
+    return weight * G * G
 
 
 def _accumulate(total: Any, term: jax.Array) -> Any:

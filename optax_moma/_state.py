@@ -1,10 +1,12 @@
 """What a state weighs, and how it lies on a mesh: both read off shapes, before any array exists."""
 
+import math
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import optax
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ._tree import named_leaves, path_name, unboxed
 
@@ -53,16 +55,27 @@ def state_size(tx: optax.GradientTransformation, params: Any) -> StateSize:
     return StateSize(sum(fields.values()), by_size)
 
 
-def _field(path: tuple[Any, ...], param_paths: set[tuple[Any, ...]]) -> str:
+def _field(path: tuple[Any, ...], param_paths: Collection[tuple[Any, ...]]) -> str:
     """The name of a NamedTuple's field that a path leads through, last before a parameter's."""
-    spans = [(i, j) for i in range(len(path)) for j in range(i + 1, len(path) + 1)]
-    start = next((i for i, j in spans if path[i:j] in param_paths), len(path))
+    start, _ = _parameter(path, param_paths) or (len(path), len(path))
     names = [key.name for key in path[:start] if isinstance(key, jax.tree_util.GetAttrKey)]
     return names[-1] if names else path_name(path)
 
 
+def _parameter(
+    path: tuple[Any, ...], param_paths: Collection[tuple[Any, ...]]
+) -> tuple[int, int] | None:
+    """Where in the path of a state's array the path of its parameter begins and ends."""
+    spans = [(i, j) for i in range(len(path)) for j in range(i + 1, len(path) + 1)]
+    return next(((i, j) for i, j in spans if path[i:j] in param_paths), None)
+
+
 def state_partition_specs(
-    tx: optax.GradientTransformation, params: Any, param_specs: Any
+    tx: optax.GradientTransformation,
+    params: Any,
+    param_specs: Any,
+    *,
+    spread_over: Mesh | AbstractMesh | None = None,
 ) -> optax.OptState:
     """How the state of ``tx`` lies on a mesh when the parameters lie as ``param_specs`` say.
 
@@ -76,6 +89,12 @@ def state_partition_specs(
       tx: An optimizer.
       params: A tree of arrays or of ``jax.ShapeDtypeStruct``.
       param_specs: A tree like ``params`` of ``PartitionSpec``, or None for a replicated leaf.
+      spread_over: None; or a mesh, of which only the sizes are read. Then every array also lies
+        over those mesh axes of its parameter along which it would be copied, as far as its sizes
+        divide: U above as P((row, col), None). So a state waits from one step to the next at its
+        smallest. An update computes with the layout above: a step moves the state there, which
+        gathers thin arrays, and its results back, which moves nothing (on explicit meshes by
+        ``jax.sharding.reshard``, on others by ``jax.lax.with_sharding_constraint``).
 
     Returns:
       A tree like ``tx.init(params)`` of ``PartitionSpec``.
@@ -91,10 +110,17 @@ def state_partition_specs(
       >>> specs = om.state_partition_specs(om.moma(1e-3), params, {"kernel": P("fsdp", "tensor")})
       >>> tuple(specs[0].U["kernel"]), tuple(specs[0].V["kernel"]), tuple(specs[0].C["kernel"])
       (('fsdp', None), ('tensor', None), ('tensor',))
+      >>> mesh = jax.sharding.AbstractMesh((4, 2), ("fsdp", "tensor"))
+      >>> specs = om.state_partition_specs(
+      ...     om.moma(1e-3), params, {"kernel": P("fsdp", "tensor")}, spread_over=mesh
+      ... )
+      >>> tuple(specs[0].U["kernel"]), tuple(specs[0].C["kernel"])
+      ((('fsdp', 'tensor'), None), (('tensor', 'fsdp'),))
     """
     params = unboxed(params)
     names, leaves = named_leaves(params)
     treedef = jax.tree.structure(params)
+    param_paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
     is_spec = lambda x: x is None or isinstance(x, PartitionSpec)  # noqa: E731
     specs, spec_def = jax.tree.flatten(unboxed(param_specs), is_leaf=is_spec)
     if spec_def != treedef:
@@ -119,9 +145,32 @@ def state_partition_specs(
     none = AbstractMesh((), ())
     with jax.sharding.use_abstract_mesh(none), jax.sharding.use_abstract_mesh(mesh):
         state = jax.eval_shape(tx.init, treedef.unflatten(abstract))
-    return jax.tree.map(lambda x: x.sharding.spec if x.sharding else PartitionSpec(), state)
+    state_specs = jax.tree.map(lambda x: x.sharding.spec if x.sharding else PartitionSpec(), state)
+    if spread_over is None:
+        return state_specs
+    axes_of = dict(zip(param_paths, map(_axis_names, specs), strict=True))
+
+    def spread(path: tuple[Any, ...], x: Any, spec: PartitionSpec) -> PartitionSpec:
+        i, j = _parameter(path, axes_of) or (0, 0)
+        return _spread(x.shape, spec, axes_of.get(path[i:j], []), spread_over.shape)
+
+    return jax.tree.map_with_path(spread, state, state_specs)
 
 
-def _axis_names(spec: PartitionSpec) -> list[str]:
+def _spread(
+    shape: tuple[int, ...], spec: PartitionSpec, axes: list[str], sizes: Mapping[str, int]
+) -> PartitionSpec:
+    """The spec with the axes that it leaves out, each on the longest dimension that divides."""
+    parts = [_axis_names([part]) for part in (*spec, *[None] * (len(shape) - len(spec)))]
+    longest_first = sorted(range(len(shape)), key=lambda i: -shape[i])
+    for axis in axes:
+        for i in longest_first if axis not in _axis_names(spec) else ():
+            if shape[i] % math.prod(sizes[name] for name in (*parts[i], axis)) == 0:
+                parts[i].append(axis)
+                break
+    return PartitionSpec(*(tuple(part) if len(part) > 1 else (*part, None)[0] for part in parts))
+
+
+def _axis_names(spec: Iterable[Any]) -> list[str]:
     parts = [part for part in spec if part is not None]
     return [name for part in parts for name in ([part] if isinstance(part, str) else part)]

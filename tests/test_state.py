@@ -250,6 +250,50 @@ def test_specs_may_name_several_axes_at_once():
     assert_specs(found.C["kernel"], P())
 
 
+SPREAD_ROWS = {
+    "kernel": P(("fsdp", "tensor")),
+    "stack": P(None, ("tensor", "fsdp")),
+    "heads": P(("fsdp", "tensor")),
+}
+SPREAD_COLS = {
+    "kernel": P(("tensor", "fsdp")),
+    "stack": P(None, ("fsdp", "tensor")),
+    "heads": P(("tensor", "fsdp")),
+}
+MESH_4X2 = jax.sharding.AbstractMesh((4, 2), ("fsdp", "tensor"))
+
+
+def test_a_spread_state_has_no_copies_along_the_axes_of_its_parameter():
+    state, *_ = om.state_partition_specs(moma(), SHAPES, SPECS, spread_over=MESH_4X2)
+    for field in ("U", "R", "saliency_row"):
+        assert_specs({k: getattr(state, field)[k] for k in SPREAD_ROWS}, SPREAD_ROWS)
+    for field in ("V", "C", "saliency_col"):
+        assert_specs({k: getattr(state, field)[k] for k in SPREAD_COLS}, SPREAD_COLS)
+    assert_specs((state.mu, state.nu, state.count), (MOMA.mu, MOMA.nu, P()))
+
+
+def test_a_state_spreads_only_where_its_sizes_divide():
+    """12 rows lie over 4 devices, not over 8; 20 columns over 2 and not over 8; a rank of 2."""
+    params, specs = {"w": array(12, 20)}, {"w": P("fsdp", "tensor")}
+    state, *_ = om.state_partition_specs(moma(), params, specs, spread_over=MESH_4X2)
+    assert_specs((state.U["w"], state.R["w"]), (P("fsdp", "tensor"), P("fsdp")))
+    assert_specs((state.V["w"], state.C["w"]), (P("tensor"), P("tensor")))
+
+
+def test_what_lies_as_its_parameter_does_not_spread():
+    """A dense moment would travel whole: only thin arrays may be gathered every step."""
+    params, specs = {"w": array(16, 16)}, {"w": P(None, "fsdp")}
+    adamw, moma_state = (
+        om.state_partition_specs(tx, params, specs, spread_over=MESH_4X2)[0]
+        for tx in (
+            optax.adamw(1e-3),
+            om.moma(1e-3, 2, min_dim_size_to_factor=8, error_dtype=jnp.int8),
+        )
+    )
+    for spec in (adamw.mu["w"], adamw.nu["w"], moma_state.error["w"].values):
+        assert_specs(spec, specs["w"])
+
+
 def test_specs_of_a_replicated_model():
     found = om.state_partition_specs(moma(), SHAPES, dict.fromkeys(SHAPES))
     assert_specs(found[0], jax.tree.map(lambda _: P(), MOMA, is_leaf=lambda x: isinstance(x, P)))

@@ -34,6 +34,7 @@ class Program(NamedTuple):
       abstract: shapes and shardings of a State.
       batch: sharding of the tokens (rows, length + 1) of a step.
       init: key -> State.
+      update: (gradient, optimizer's state, params) -> (update, state); the state is donated.
       step: (State, tokens) -> (State, loss, norm of the gradient). The State is donated.
       losses: (params, tokens) -> mean loss of every row.
     """
@@ -43,6 +44,7 @@ class Program(NamedTuple):
     abstract: State
     batch: NamedSharding
     init: Callable[[jax.Array], State]
+    update: Callable[..., tuple[Any, Any]]
     step: Callable[..., tuple[State, jax.Array, jax.Array]]
     losses: Callable[..., jax.Array]
 
@@ -63,11 +65,14 @@ def build(sizes: model.Config, tx: optax.GradientTransformation, mesh: Mesh) -> 
     init_params, apply = model.functional(sizes)
     shapes = jax.eval_shape(init_params, jax.random.key(0))
     specs = model.partition_specs(sizes)
-    shardings = jax.tree.map(
-        functools.partial(NamedSharding, mesh),
-        State(specs, om.state_partition_specs(tx, shapes, specs)),
-        is_leaf=lambda x: isinstance(x, P),
+    placed = lambda specs: jax.tree.map(  # noqa: E731
+        functools.partial(NamedSharding, mesh), specs, is_leaf=lambda x: isinstance(x, P)
     )
+    # Between steps the optimizer's state lies over every device once; a step gathers what it needs.
+    shardings = State(
+        placed(specs), placed(om.state_partition_specs(tx, shapes, specs, spread_over=mesh))
+    )
+    at_work = placed(om.state_partition_specs(tx, shapes, specs))
     replicated, batch = NamedSharding(mesh, P()), NamedSharding(mesh, P(model.BATCH_AXES))
 
     def init(key: jax.Array) -> State:
@@ -79,10 +84,15 @@ def build(sizes: model.Config, tx: optax.GradientTransformation, mesh: Mesh) -> 
         entropy = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
         return jnp.mean(entropy, axis=1)
 
+    def update(grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
+        opt_state = jax.lax.with_sharding_constraint(opt_state, at_work)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return updates, jax.lax.with_sharding_constraint(opt_state, at_work)
+
     def step(state: State, tokens: jax.Array) -> tuple[State, jax.Array, jax.Array]:
         mean_loss = lambda params: jnp.mean(losses(params, tokens))  # noqa: E731
         loss, grads = jax.value_and_grad(mean_loss)(state.params)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates, opt_state = update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return State(params, opt_state), loss, optax.tree.norm(grads)
 
@@ -97,6 +107,7 @@ def build(sizes: model.Config, tx: optax.GradientTransformation, mesh: Mesh) -> 
         abstract,
         batch,
         jax.jit(init, out_shardings=shardings),
+        jax.jit(update, donate_argnums=1, out_shardings=tuple(shardings)),
         jax.jit(
             step,
             donate_argnums=0,

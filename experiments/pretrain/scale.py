@@ -3,6 +3,7 @@
     pip install "jax[tpu]"                              # the compiler, on any x86-64 machine
     python -m experiments.pretrain.scale                # prints the table, writes scale.csv
     python -m experiments.pretrain.scale --only gpt2    # the 124 M model alone
+    python -m experiments.pretrain.scale --state        # what chips hold, without compiling
 
 Every number comes from the compiled program of one chip: the state it holds, its temporaries, and
 the bytes of its collectives, those of a loop times the loop's length. ``step`` is the whole
@@ -16,7 +17,7 @@ import os
 import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +29,8 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
+from jax.experimental import mesh_utils, topologies
+from jax.sharding import AbstractMesh, AxisType, Mesh
 from rich.console import Console
 from rich.table import Table
 
@@ -79,6 +80,7 @@ COLUMNS = (
     "model", "params", "slice", "mesh", "tokens", "optimizer", "what", "state_bytes", "param_bytes",
     "temporary_bytes", "flops", *KINDS, "collective_bytes", "largest_collective", "compile_seconds",
 )  # fmt: skip
+KEY = ("model", "slice", "mesh", "optimizer", "what")
 
 ITEM = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "f64": 8}
 """Bytes of an element, where they are not four."""
@@ -174,24 +176,29 @@ def per_chip(tree: Any) -> int:
 def lay_out(plan: Plan, optimizer: str) -> Program:
     """The plan's program, on chips that exist only by name."""
     topology = topologies.get_topology_desc(plan.slice, platform="tpu")
-    devices = topologies.make_mesh(topology, plan.mesh, AXES).devices
+    # A slice of 16 x 16 chips holds a mesh of 32 x 8 only if one of its sides is cut in two.
+    devices = mesh_utils.create_device_mesh(
+        plan.mesh, list(topology.devices), allow_split_physical_axes=True
+    )
     mesh = Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     return build(plan.config, optimizers.make(optimizer, 1e-3), mesh)
 
 
-def measure(plan: Plan, optimizer: str) -> Iterator[dict[str, Any]]:
+def measure(
+    plan: Plan, optimizer: str, what: Iterable[str] = ("step", "update")
+) -> Iterator[dict[str, Any]]:
     """Compiles the step and the update; one row for each."""
     program = lay_out(plan, optimizer)
     params, opt_state = program.abstract
     tokens = jax.ShapeDtypeStruct(
         (plan.rows, plan.config.length + 1), jnp.int32, sharding=program.batch
     )
-    shardings = jax.tree.map(lambda x: x.sharding, (params, opt_state))
-    update = jax.jit(program.tx.update, donate_argnums=1, out_shardings=shardings)
-    for what, function, arguments in (
-        ("step", program.step, (program.abstract, tokens)),
-        ("update", update, (params, opt_state, params)),
-    ):
+    compilable = {
+        "step": (program.step, (program.abstract, tokens)),
+        "update": (program.update, (params, opt_state, params)),
+    }
+    for part in what:
+        function, arguments = compilable[part]
         started = time.monotonic()
         with jax.set_mesh(program.mesh):
             compiled = function.lower(*arguments).compile()
@@ -208,7 +215,7 @@ def measure(plan: Plan, optimizer: str) -> Iterator[dict[str, Any]]:
             "mesh": "x".join(map(str, plan.mesh)),
             "tokens": plan.rows * plan.config.length,
             "optimizer": optimizer,
-            "what": what,
+            "what": part,
             "state_bytes": per_chip(opt_state),
             "param_bytes": per_chip(params),
             "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
@@ -220,35 +227,76 @@ def measure(plan: Plan, optimizer: str) -> Iterator[dict[str, Any]]:
         }
 
 
+def recorded(file: Path) -> dict[tuple[str, ...], dict[str, Any]]:
+    """The rows of an earlier run, by what they measured: a new measurement replaces the old."""
+    if not file.exists():
+        return {}
+    with file.open(newline="") as lines:
+        return {tuple(row[name] for name in KEY): row for row in csv.DictReader(lines)}
+
+
+def holdings(plan: Plan, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Bytes that one chip holds from step to step, by optimizer: its state, the parameters."""
+    mesh = AbstractMesh(plan.mesh, AXES)
+    programs = {name: build(plan.config, optimizers.make(name, 1e-3), mesh) for name in names}
+    return {
+        name: (per_chip(program.abstract.opt_state), per_chip(program.abstract.params))
+        for name, program in programs.items()
+    }
+
+
+def print_holdings(names: Sequence[str], only: str | None) -> None:
+    """The table of --state: from shapes and shardings alone."""
+    title = "Held by one chip from step to step, MiB: from shapes and shardings"
+    table = Table("model", "slice", "mesh", "optimizer", "params", "state", "% of AdamW's")
+    table.title = title
+    for plan in PLANS:
+        if only in (None, plan.name):
+            held = holdings(plan, dict.fromkeys(("adamw", *names)))
+            for name, (state, params) in held.items():
+                share = 100 * state / held["adamw"][0]
+                mesh = "x".join(map(str, plan.mesh))
+                sizes = (f"{params / 2**20:.2f}", f"{state / 2**20:.3f}", f"{share:.2f}")
+                table.add_row(plan.name, plan.slice, mesh, name, *sizes)
+    Console().print(table)
+
+
 def main() -> None:
     """Prints the table, and writes it row by row."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", choices=[plan.name for plan in PLANS], default=None)
+    parser.add_argument("--slice", choices=[plan.slice for plan in PLANS], default=None)
     parser.add_argument("--optimizers", nargs="+", default=OPTIMIZERS)
+    parser.add_argument("--state", action="store_true", help="bytes held by a chip; no compiler")
+    parser.add_argument("--what", nargs="+", choices=("step", "update"), default=("step", "update"))
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("scale.csv"))
     args = parser.parse_args()
+    if args.state:
+        print_holdings(args.optimizers, args.only)
+        return
     table = Table(
         "model", "slice", "optimizer", "what", "state", "parameters", "temporary", "collectives",
         "largest", "TFLOP", title="Per chip, MiB; compiled for TPUs, not measured on them",
     )  # fmt: skip
-    with args.output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for plan in PLANS:
-            if args.only not in (None, plan.name):
-                continue
-            for optimizer in args.optimizers:
-                for row in measure(plan, optimizer):
-                    writer.writerow(row)
-                    file.flush()
-                    sizes = ("state_bytes", "param_bytes", "temporary_bytes", "collective_bytes")
-                    table.add_row(
-                        *(row[name] for name in ("model", "slice", "optimizer", "what")),
-                        *(f"{row[n] / 2**20:.1f}" for n in (*sizes, "largest_collective")),
-                        f"{row['flops'] / 1e12:.2f}",
-                    )
+    rows = recorded(args.output)
+    for plan in PLANS:
+        if args.only not in (None, plan.name) or args.slice not in (None, plan.slice):
+            continue
+        for optimizer in args.optimizers:
+            for row in measure(plan, optimizer, args.what):
+                rows[tuple(str(row[name]) for name in KEY)] = row
+                with args.output.open("w", newline="") as file:
+                    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+                    writer.writeheader()
+                    writer.writerows(rows.values())
+                sizes = ("state_bytes", "param_bytes", "temporary_bytes", "collective_bytes")
+                table.add_row(
+                    *(row[name] for name in ("model", "slice", "optimizer", "what")),
+                    *(f"{row[n] / 2**20:.1f}" for n in (*sizes, "largest_collective")),
+                    f"{row['flops'] / 1e12:.2f}",
+                )
     Console().print(table)
 
 

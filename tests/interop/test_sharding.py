@@ -211,6 +211,51 @@ def test_no_matrix_travels(problem, param_specs, mesh):
     assert max(size for _, size in found) <= thin < shard, found
 
 
+def laid(tree, specs, mesh: Mesh):
+    """The same values, moved inside a program to where the specs say."""
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    if mesh.axis_types[0] == AxisType.Explicit:
+        return jax.tree.map(jax.sharding.reshard, tree, shardings)
+    return jax.lax.with_sharding_constraint(tree, shardings)
+
+
+def test_a_spread_state_takes_equal_steps_and_only_thin_arrays_travel(
+    problem, alone, param_specs, mesh
+):
+    """Between two steps a device holds as small a share of the factors as of their parameter."""
+    tx = optimizer()
+    at_work = om.state_partition_specs(tx, problem.params, param_specs)
+    at_rest = om.state_partition_specs(tx, problem.params, param_specs, spread_over=mesh)
+    placed = Problem(*(place(tree, param_specs, mesh) for tree in problem))
+    params, state = placed.params, place(tx.init(problem.params), at_rest, mesh)
+
+    def update(grads, state, params):
+        updates, state = tx.update(grads, laid(state, at_work, mesh), params)
+        return updates, laid(laid(state, at_work, mesh), at_rest, mesh)
+
+    def one_step(params, state):
+        updates, state = update(jax.grad(placed.loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    with jax.set_mesh(mesh):
+        found = collectives(jax.jit(update).lower(params, state, params).compile().as_text())
+        one_step = jax.jit(one_step)
+        for _ in range(5):
+            params, state = one_step(params, state)
+
+    for p, q in zip(jax.tree.leaves(alone[0]), jax.tree.leaves(params), strict=True):
+        np.testing.assert_allclose(q, p, rtol=0, atol=1e-5 * np.abs(p).max())
+    assert_lies_as(state, at_rest, mesh)
+    for room, name in (("layers", "up"), ("layers", "down"), ("out", "kernel")):
+        lies = NamedSharding(mesh, param_specs[room][name])
+        devices = math.prod(SHAPES[room][name]) // math.prod(lies.shard_shape(SHAPES[room][name]))
+        for field in ("U", "V", "R", "C"):
+            x = getattr(state[0], field)[room][name]
+            assert x.addressable_shards[0].data.size * devices == x.size
+    # A device holds LAYERS x WIDTH x HIDDEN / 8 = 2048 entries of a gradient.
+    assert max(size for _, size in found) <= LAYERS * HIDDEN * RANK < LAYERS * WIDTH * HIDDEN // 8
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason='the TPU compiler is not installed: pip install "optax-moma[tpu]"',
