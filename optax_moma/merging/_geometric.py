@@ -5,12 +5,13 @@ A leaf is one vector. With a base the vectors are task vectors, without one the 
 
 from dataclasses import dataclass, field
 from itertools import combinations
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from optax_moma.merging import _metric, _steps
-from optax_moma.merging._contract import Contract, check_number
+from optax_moma.merging._contract import Contract, Step, check_number
 from optax_moma.merging._leaf import TaskVectors, combined, heard, per_expert, sum_experts
 from optax_moma.merging._steps import Chain, chain
 from optax_moma.merging._sums import fixed_sum
@@ -41,6 +42,45 @@ def _sum(x: jax.Array, bound: float) -> jax.Array:
     return jnp.stack([fixed_sum(row, bound) for row in x])
 
 
+Scope = Literal["leaf", "filter"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class EachFilter:
+    """Lets a step that combines vectors merge each filter of a leaf on its own.
+
+    A filter is what makes one output: all entries along the axes before the last. Leaves of one
+    axis or none are one vector.
+    """
+
+    step: Step
+
+    @property
+    def contract(self) -> Contract:
+        """What the step asks for."""
+        return self.step.contract
+
+    def __call__(self, leaf: TaskVectors) -> TaskVectors:
+        """Combines the experts."""
+        if leaf.delta.ndim < 3:
+            return self.step(leaf)
+
+        def one(delta: jax.Array, weight: jax.Array, base: jax.Array | None) -> jax.Array:
+            merged = self.step(TaskVectors(delta, weight, base, None, None))
+            return (merged.weight * merged.delta)[0]
+
+        last = (-1, -1, None if leaf.base is None else -1)
+        merged = jax.vmap(one, last, -1)(leaf.delta, leaf.weight, leaf.base)
+        return combined(leaf, merged)
+
+
+def _scoped(step: Step, scope: Scope) -> Chain:
+    if scope not in ("leaf", "filter"):
+        raise ValueError(f"scope must be 'leaf' or 'filter', got {scope!r}.")
+    return chain(step if scope == "leaf" else EachFilter(step))
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Slerp:
@@ -64,7 +104,7 @@ class Slerp:
         return combined(leaf, sum_experts(factors * x))
 
 
-def slerp() -> Chain:
+def slerp(*, scope: Scope = "leaf") -> Chain:
     """Interpolates two experts along an arc, leaf by leaf.
 
     merged = [base +] (sin(s_1 a) x_1 + sin(s_2 a) x_2) / sin(a), a the angle between x_1 and x_2,
@@ -74,8 +114,15 @@ def slerp() -> Chain:
     one x_t are the experts' parameters (SLERP), with one their task vectors (NuSLERP). The share
     of each end is given by ``weights``, so that the order of the experts does not matter.
 
+    Args:
+      scope: "leaf", or "filter" for an angle per output, the last axis of a leaf of two or more
+        axes; mergekit's NuSLERP by rows, as PyTorch has outputs along the first.
+
     Returns:
       A method for ``merge``.
+
+    Raises:
+      ValueError: if the scope is neither.
 
     Example:
       >>> from optax_moma.merging import merge, slerp
@@ -85,7 +132,7 @@ def slerp() -> Chain:
 
     Source: Shoemake 1985, "Animating Rotation with Quaternion Curves".
     """
-    return chain(Slerp())
+    return _scoped(Slerp(), scope)
 
 
 @jax.tree_util.register_dataclass
@@ -194,7 +241,7 @@ class Stock:
         return combined(leaf, ratio * _steps.weighted_mean(leaf))
 
 
-def model_stock() -> Chain:
+def model_stock(*, scope: Scope = "leaf") -> Chain:
     """Averages the experts, drawn to the base by as much as they disagree.
 
     merged = base + r mean_t d_t, r = k c / (1 + (k - 1) c), c the mean cosine between pairs of task
@@ -202,8 +249,15 @@ def model_stock() -> Chain:
 
     Needs a base; takes at least two experts, with weights (of the mean) that are not negative.
 
+    Args:
+      scope: "leaf", or "filter" for a cosine per output, the last axis of a leaf of two or more
+        axes.
+
     Returns:
       A method for ``merge``.
+
+    Raises:
+      ValueError: if the scope is neither.
 
     Example:
       >>> from optax_moma.merging import merge, model_stock
@@ -213,4 +267,4 @@ def model_stock() -> Chain:
 
     Source: Jang et al. 2024, "Model Stock" (arXiv 2403.19522).
     """
-    return chain(Stock())
+    return _scoped(Stock(), scope)

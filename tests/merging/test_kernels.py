@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from optax_moma import merging
 from optax_moma.merging import (
     average,
     band,
@@ -444,3 +445,27 @@ def test_number_of_experts():
         merge(slerp(), [jnp.ones(2)] * 3)
     with pytest.raises(ValueError, match="experts: the method needs at least 2, got 1"):
         merge(model_stock(), [jnp.ones(2)], base=jnp.ones(2))
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (3, 2, 2), (2, 3, 4)])
+@pytest.mark.parametrize("method", [merging.slerp, merging.model_stock])
+def test_each_filter_on_its_own(method, shape):
+    """As if every output were a leaf; vectors are merged whole."""
+    rng = np.random.default_rng(0)
+    draw = lambda: {"w": rng.normal(size=shape).astype(np.float32), "b": np.ones(3, np.float32)}
+    base, *experts = (draw() for _ in range(3))
+    found = merging.merge(method(scope="filter"), experts, base=base, weights=[2.0, 1.0])
+    parts = lambda tree: {str(i): tree["w"][..., i] for i in range(shape[-1])}
+    alone = merging.merge(
+        method(), [parts(e) for e in experts], base=parts(base), weights=[2.0, 1.0]
+    )
+    expected = np.stack([alone[str(i)] for i in range(shape[-1])], axis=-1)
+    np.testing.assert_allclose(found["w"], expected, rtol=1e-6, atol=1e-6)
+    whole = merging.merge(method(), experts, base=base, weights=[2.0, 1.0])
+    assert np.max(np.abs(whole["w"] - expected)) > 1e-3
+    np.testing.assert_array_equal(found["b"], whole["b"])
+
+
+def test_scope_of_directions():
+    with pytest.raises(ValueError, match="scope must be 'leaf' or 'filter'"):
+        merging.model_stock(scope="row")
