@@ -587,7 +587,8 @@ def _spread(inputs: LeafInputs, sharding: NamedSharding | None) -> LeafInputs:
     """Returns the inputs of a leaf on the devices that it was saved from."""
     if sharding is None:
         return inputs
-    mesh = Mesh(sharding.mesh.devices, sharding.mesh.axis_names)  # its axes not in the types
+    # The same mesh, but its axes are not in the types.
+    mesh = Mesh(np.asarray(sharding.mesh.devices), sharding.mesh.axis_names)
     shape = inputs.experts[0].shape
 
     def put(x: Any) -> Any:
