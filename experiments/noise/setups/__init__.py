@@ -1,0 +1,1 @@
+"""Trainings for ``sweep``: models for a file of your own."""
