@@ -280,7 +280,27 @@ def estimates(rows: list[Row], results: Path) -> str:
     header = ["problem", "optimizer", "moments of", "points", "rank correlation",
               "within a series (median)", "within a run (median)", "median ratio",
               "80 % of ratios"]  # fmt: skip
-    return f"{table(header, lines)}\n\n{scatter(rows, results)}"
+    parts = [table(header, lines)]
+    for column, what in (("learning_rate", "learning rate"), ("step", "step")):
+        parts += [f"Median ratio of 'every step' by {what}:", ratios(rows, column, what)]
+    return "\n\n".join([*parts, scatter(rows, results)])
+
+
+def ratios(rows: Sequence[Row], column: str, what: str) -> str:
+    """How far the moments are off where a column has each of its values."""
+    kinds = list(dict.fromkeys((r["problem"], r["optimizer"]) for r in rows))
+    values = sorted(unique(rows, column), key=float)
+    lines = []
+    for value in values:
+        cells = []
+        for kind in kinds:
+            x, y, _ = _columns(
+                [r for r in rows if (r["problem"], r["optimizer"], r[column]) == (*kind, value)],
+                "logged",
+            )
+            cells.append(f"{np.median(x / y):.2f}" if len(x) else "")
+        lines.append([value, *cells])
+    return table([what, *(f"{TITLES[p]}, {optimizer}" for p, optimizer in kinds)], lines)
 
 
 def _columns(rows: Sequence[Row], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
