@@ -7,6 +7,9 @@ import importlib.util
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before the first backend starts
+# XLA's decompositions run in SciPy's OpenBLAS, whose idle threads spin and take the cores from the
+# other processes of the run.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import pytest
