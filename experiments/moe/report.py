@@ -30,6 +30,8 @@ def best(rows: Sequence[Row], variant: str) -> dict[str, Row]:
     """By seed, a variant's rows at the rate that was best on dev with seed 0."""
     own = [row for row in rows if row["variant"] == variant]
     first = [row for row in own if row["seed"] == "0"]
+    if not first:  # the study has not come to it yet
+        return {}
     rate = min(first, key=lambda row: float(row["dev_loss"]))["learning_rate"]
     return {row["seed"]: row for row in own if row["learning_rate"] == rate}
 
@@ -143,6 +145,8 @@ def figure(rows: Sequence[Row], path: Path) -> str:
     variants = [v for v in unique(rows, "variant") if v != REFERENCE]
     for place, variant in enumerate(variants):
         more = differences(rows, variant)
+        if not more:
+            continue
         colour = COLOURS.get(variant, "0.5")
         right.plot(more, [place] * len(more), "o", color=colour, ms=5, alpha=0.6)
         right.plot(np.mean(more), place, "|", color=colour, ms=22, mew=2.5)
