@@ -14,6 +14,7 @@ from ._checks import Scalar
 from ._matrix import contract, nonzero
 
 Operator = Callable[[jax.Array], jax.Array]
+_BLOCK = 32
 
 
 class Factors(NamedTuple):
@@ -59,7 +60,7 @@ def _pass(Y: jax.Array, shift: Any, least: Any) -> tuple[jax.Array, jax.Array]:
     L = _cholesky(gram + shift * jnp.eye(gram.shape[-1], dtype=Y.dtype))
     pivots = jnp.diagonal(L, axis1=-2, axis2=-1) ** 2
     # The shift shortens a column that was orthogonal to the others by sqrt(1 + shift).
-    Q = jnp.sqrt(1 + shift) * _right_divided(Y, L)
+    Q = jnp.sqrt(1 + shift) * contract("mr,sr->ms", Y, _inverse(L))
     return jnp.where(pivots[..., None, :] > least, Q, 0), pivots
 
 
@@ -132,21 +133,44 @@ def transposed(x: jax.Array) -> jax.Array:
 
 
 def _cholesky(gram: jax.Array) -> jax.Array:
-    return _batched(jnp.linalg.cholesky, gram)
+    """The lower factor, by halves down to blocks that LAPACK factorizes without threads.
+
+    Called from several threads of XLA's at once, those of OpenBLAS, which it takes for matrices
+    larger than ``_BLOCK``, have been seen to wait for each other for ever.
+    """
+    r = gram.shape[-1]
+    if r <= _BLOCK:
+        factorize = jnp.linalg.cholesky
+        for _ in range(gram.ndim - 2):  # its own batching fails on explicit meshes
+            factorize = jax.vmap(factorize)
+        return factorize(gram)
+    half = -(-r // 2)
+    L, side = _cholesky(gram[..., :half, :half]), gram[..., half:, :half]
+    inverse = _inverse(L)
+    below = contract("rs,ts->rt", side, inverse)
+    # Once more with what is left: a product with an inverse is less exact than a solve.
+    left = side - contract("rs,ts->rt", below, L)
+    below += contract("rs,ts->rt", left, inverse)
+    rest = _cholesky(gram[..., half:, half:] - contract("rs,ts->rt", below, below))
+    above = jnp.zeros_like(jnp.swapaxes(below, -1, -2))
+    return jnp.concatenate(
+        [jnp.concatenate([L, above], axis=-1), jnp.concatenate([below, rest], axis=-1)], axis=-2
+    )
 
 
-def _right_divided(Y: jax.Array, L: jax.Array) -> jax.Array:
-    """``Y L^-T``, through the inverse of the r x r factor: the tall product is a plain matmul."""
+def _inverse(L: jax.Array) -> jax.Array:
+    """The inverse of a lower triangular matrix, by 2 log2(r) products.
 
-    def inverse(L: jax.Array) -> jax.Array:
-        eye = jnp.eye(L.shape[-1], dtype=L.dtype)
-        return jax.lax.linalg.triangular_solve(L, eye, left_side=True, lower=True)
-
-    return contract("mr,sr->ms", Y, _batched(inverse, L))
-
-
-def _batched(f, *args: jax.Array) -> jax.Array:
-    """vmap over the stacked axes: the native batching of these fails on explicit meshes."""
-    for _ in range(args[0].ndim - 2):
-        f = jax.vmap(f)
-    return f(*args)
+    The inverses of the diagonal's blocks of one size give those of twice the size: ``[[A, 0],
+    [B, C]]`` has the inverse ``[[A', 0], [-C' B A', C']]``. A triangular solve would go through
+    the columns one by one on a TPU, and on a CPU to the threads of OpenBLAS, as above.
+    """
+    i = jnp.arange(L.shape[-1])
+    X = jnp.where(i[:, None] == i, 1 / L, 0)
+    size = 1
+    while size < L.shape[-1]:
+        block = i // size
+        below = (block[:, None] % 2 == 1) & (block[:, None] - 1 == block)
+        X -= contract("rs,st->rt", X, contract("rs,st->rt", jnp.where(below, L, 0), X))
+        size *= 2
+    return X

@@ -74,6 +74,30 @@ def test_condition_1e8_leaves_a_projection(m, r):
     assert max(projection_error(q) for q in Q) < 1e-5
 
 
+@pytest.mark.parametrize("r", [1, 2, 7, 32, 33, 100, 128])
+def test_triangular_factors_and_inverses_are_those_of_lapack(r):
+    """By blocks and products only, in both precisions, for one matrix and a stack of them."""
+    with jax.enable_x64(True):
+        gram = np.stack([x.T @ x for x in (gaussian(2 * r, r, seed=i) for i in range(2))])
+        L = _lowrank._cholesky(jnp.asarray(gram))
+        np.testing.assert_allclose(L, np.linalg.cholesky(gram), rtol=0, atol=1e-12 * np.sqrt(r))
+        np.testing.assert_allclose(_lowrank._inverse(L), np.linalg.inv(L), rtol=0, atol=1e-11)
+        single = _lowrank._cholesky(jnp.asarray(gram[0], jnp.float32))
+        np.testing.assert_allclose(single, np.linalg.cholesky(gram[0]), rtol=0, atol=1e-5 * r)
+
+
+@pytest.mark.parametrize("r", [48, 96])
+def test_more_columns_than_a_block_with_dependent_ones(r):
+    """Half of the columns depend on others: their pivots are rounding, in either half."""
+    half = gaussian(300, r // 2, seed=3)
+    for Y in (half @ gaussian(r // 2, r, seed=4), np.repeat(half, 2, axis=1)):
+        Q = np.asarray(orthonormalize(jnp.asarray(Y, jnp.float32)), np.float64)
+        assert projection_error(Q) < 1e-5
+        assert rank(Q) == r // 2
+        unit = Y / np.linalg.norm(Y, axis=0)
+        assert np.linalg.norm(unit - Q @ (Q.T @ unit), axis=0).max() < 2e-3  # sqrt(r eps)
+
+
 def test_order_is_that_of_gram_schmidt():
     Q, exact = np.asarray(orthonormalize(jnp.asarray(Y, jnp.float32))), np.linalg.qr(Y)[0]
     np.testing.assert_allclose(Q * np.sign(np.sum(Q * exact, 0)), exact, atol=1e-5)
