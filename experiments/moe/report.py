@@ -87,17 +87,16 @@ def learned(rows: list[Row], results: Path, setup: str, name: str) -> str:
         f"Mean ± standard error over seeds. {len(rows)} runs of {rows[0]['steps']} steps,"
         f" {seconds / 60:.0f} minutes of training on a shared machine ({rows[0]['machine']})."
     )
-    return "\n\n".join(
-        [
-            table(header, lines),
-            about,
-            "Dev loss of seed 0 by learning rate, by which rates were chosen:",
-            by_rate(rows),
-            confounded(rows),
-            figure(rows, results / f"{name}.png"),
-            f"`{rows[0]['command']}`",
-        ]
-    )
+    parts = [
+        table(header, lines),
+        about,
+        "Dev loss of seed 0 by learning rate, by which rates were chosen:",
+        by_rate(rows),
+        confounded(rows),
+        figure(rows, results / f"{name}.png"),
+        f"`{rows[0]['command']}`",
+    ]
+    return "\n\n".join(filter(None, parts))
 
 
 def confounded(rows: Sequence[Row]) -> str:
