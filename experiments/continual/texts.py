@@ -32,7 +32,7 @@ SIZES = Sizes(train=192, dev=128, test=200)
 LENGTH = 32
 BATCH = 16
 RATE = 2e-4
-"""That of experiments/glue's grid in which AdamW's experts were best; it is not tuned here."""
+"""From the middle of experiments/glue's grid; it is not tuned here."""
 
 
 def _few(name: str, **changes: Any) -> Method:
