@@ -98,6 +98,7 @@ def test_streaming(tmp_path):
     rows = module.measured(tmp_path, ["average"], rounds=1, chunk_bytes=1 << 20, launcher="")
     assert [row["method"] for row in rows] == [module.COPY, module.COPY_AND_BASE, "average"]
     assert rows[0]["seconds_ratio"] == "1.000" and float(rows[2]["cpu"]) > 0
+    assert 0 < float(rows[2]["compile_seconds"]) < float(rows[2]["seconds"])
     assert float(rows[2]["predicted_mb"]) > 0 and not (tmp_path / module.MERGED).exists()
 
 

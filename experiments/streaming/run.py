@@ -50,6 +50,8 @@ METHODS: dict[str, tuple[Any, float]] = {
 }
 WITHOUT_BASE = ("average", "fisher")
 MERGED, COPY, COPY_AND_BASE = "merged", "copy", "copy, base too"
+COMPILATION = "/jax/core/compile/backend_compile_duration"
+"""JAX's name for the time of a compilation; a process pays for its own."""
 
 RESULTS = Path(__file__).with_name("results.csv")
 
@@ -191,6 +193,10 @@ def measure(what: str, folder: Path, chunk_bytes: int) -> None:
     """Does one thing and prints what it took, as JSON; ``run`` starts this in its own process."""
     experts = sorted(path.name for path in folder.glob("expert*"))
     recipe = folder / f"{what}.yaml"
+    compiling: list[float] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiling.append(seconds) if event == COMPILATION else None
+    )
     start, cpu = time.perf_counter(), processor_seconds()
     if what == COPY:
         copy(folder, experts)
@@ -199,7 +205,8 @@ def measure(what: str, folder: Path, chunk_bytes: int) -> None:
     else:
         checkpoints.merge(recipe, folder / MERGED, chunk_bytes=chunk_bytes)
     seconds, cpu = time.perf_counter() - start, processor_seconds() - cpu
-    print(json.dumps({"seconds": seconds, "cpu": cpu, "peak": peak_bytes()}))
+    found = {"seconds": seconds, "cpu": cpu, "compile": sum(compiling), "peak": peak_bytes()}
+    print(json.dumps(found))
 
 
 @app.command(hidden=True)
@@ -306,6 +313,8 @@ def measured(
             for suffix, copied in (("", COPY), ("_with_base", COPY_AND_BASE)):
                 ratios = [a / b[unit] for a, b in zip(values, found[copied], strict=True)]
                 row[f"{unit}_ratio{suffix}"] = f"{statistics.median(ratios):.3f}"
+        compiling = statistics.median(run["compile"] for run in found[name])
+        row["compile_seconds"] = f"{compiling:.2f}"
         row["peak_mb"] = f"{max(run['peak'] for run in found[name]) / 1e6:.0f}"
         plan = (
             own_process("predict", name, folder, chunk_bytes, launcher) if name in names else None
@@ -321,13 +330,16 @@ def show(rows: list[dict[str, Any]], layers: int, label: str) -> None:
     console = Console()
     half = {row["method"]: row for row in rows if row["layers"] != layers}
     table = Table(title=f"{label}: a merge, and a copy of the experts (of the base too)")
-    for column in ("", "s", "x copy", "bar", "CPU s", "x copy", "peak MB", "predicted", "half"):
+    columns = ("", "s", "of these compiling", "x copy", "bar", "CPU s", "x copy", "peak MB",
+               "predicted", "half")  # fmt: skip
+    for column in columns:
         table.add_column(column, justify="right" if column else "left")
     for row in (row for row in rows if row["layers"] == layers):
         name = row["method"]
         table.add_row(
             name,
             f"{float(row['seconds']):.2f}",
+            row["compile_seconds"],
             f"{float(row['seconds_ratio']):.2f} ({float(row['seconds_ratio_with_base']):.2f})",
             f"{METHODS[name][1]}" if name in METHODS else "",
             f"{float(row['cpu']):.2f}",
