@@ -169,7 +169,8 @@ def trim(
     weight_t *= [score_t >= the k-th largest score_t], k = max(1, floor(density * n)).
 
     Entries that tie with the k-th largest are all kept. Zero scores are kept only at density 1,
-    which keeps everything, and given as a Python number computes nothing; density 0 keeps nothing. Where an expert's curvature is all zero, so is
+    which keeps everything; given as a Python number it computes nothing, and is compiled as a
+    program of its own. Density 0 keeps nothing. Where an expert's curvature is all zero, so is
     its saliency, and the leaf stays at the base.
 
     Args:
