@@ -1,0 +1,171 @@
+"""What GPT-2 124M costs to train with `moma`, beside AdamW and the published algorithm.
+
+    python -m experiments.update_cost.gpt2 memory     # temporaries of the compiled update
+    python -m experiments.update_cost.gpt2 published  # one update against `umtam`, by shape
+    python -m experiments.update_cost.gpt2 step       # a whole training step against AdamW's
+
+Rows go to gpt2.csv as they come; a new measurement replaces the old. Times are taken side by side,
+the optimizers in turn, and say something only on a machine that does nothing else meanwhile.
+"""
+
+import argparse
+import csv
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from rich.console import Console
+from rich.table import Table
+
+from experiments.pretrain import model, optimizers
+from experiments.pretrain.program import build, make_mesh
+from experiments.update_cost.run import OPTIMIZERS, abstract, gpt2, machine
+
+KEY = ("what", "case", "optimizer")
+COLUMNS = (*KEY, "value", "unit", "of_reference", "detail", "jax", "machine")
+SHAPES = {(768, 768): 12, (768, 2304): 12, (768, 3072): 12, (3072, 768): 12, (1024, 768): 1}
+SHAPES |= {(50257, 768): 1}
+"""How often each matrix occurs in GPT-2."""
+
+
+class Row(NamedTuple):
+    """One measurement; ``of_reference`` is its ratio to what it is compared with."""
+
+    what: str
+    case: str
+    optimizer: str
+    value: float
+    unit: str
+    of_reference: float
+    detail: str
+
+
+def memory() -> Iterator[Row]:
+    """Temporaries of the update, alone and with ``apply_updates``, in bytes of the parameters."""
+    params = abstract(gpt2())
+    total = sum(4 * x.size for x in jax.tree.leaves(params))
+
+    def applied(tx: optax.GradientTransformation) -> Callable:
+        def update(grads: Any, state: Any, params: Any) -> Any:
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        return update
+
+    cases = {
+        "update, nothing donated": (lambda tx: tx.update, ()),
+        "update, state donated": (lambda tx: tx.update, (1,)),
+        "update and apply, both donated": (applied, (1, 2)),
+    }
+    for case, (make, donated) in cases.items():
+        reference = None
+        for name in ("adamw", "moma r=32"):
+            tx = OPTIMIZERS[name]()
+            state = jax.eval_shape(tx.init, params)
+            lowered = jax.jit(make(tx), donate_argnums=donated).lower(params, state, params)
+            started = time.process_time()
+            compiled = lowered.compile()
+            seconds = time.process_time() - started
+            share = compiled.memory_analysis().temp_size_in_bytes / total
+            reference = share if reference is None else reference
+            detail = f"compiled in {seconds:.0f} s of processor time"
+            yield Row("memory", case, name, share, "of the params", share / reference, detail)
+
+
+def seconds_of(function: Callable, *args: Any) -> float:
+    """Wall time of one call."""
+    started = time.perf_counter()
+    jax.block_until_ready(function(*args))
+    return time.perf_counter() - started
+
+
+def published(repetitions: int) -> Iterator[Row]:
+    """One update of each of GPT-2's matrices: full SVD against the warm-started subspace."""
+    totals = {"moma r=32": 0.0, "umtam r=32": 0.0}
+    for shape, count in SHAPES.items():
+        keys = jax.random.split(jax.random.key(0))
+        params, grads = ({"kernel": jax.random.normal(key, shape)} for key in keys)
+        times = {}
+        for name, often in (("moma r=32", 10), ("umtam r=32", 1 if shape[0] > 3072 else 3)):
+            tx = OPTIMIZERS[name]()
+            state = tx.init(params)
+            compiled = jax.jit(tx.update).lower(grads, state, params).compile()
+            often *= repetitions
+            measured = [seconds_of(compiled, grads, state, params) for _ in range(often)]
+            times[name] = float(np.median(measured))
+            totals[name] += count * times[name]
+            ratio, detail = times[name] / times["moma r=32"], f"median of {often}"
+            case = " x ".join(map(str, shape))
+            yield Row("published", case, name, 1e3 * times[name], "ms", ratio, detail)
+    for name, total in totals.items():
+        ratio = total / totals["moma r=32"]
+        detail = "each shape's median times its number"
+        yield Row("published", "all 50 matrices", name, 1e3 * total, "ms", ratio, detail)
+
+
+def step(rows: int, length: int, rounds: int) -> Iterator[Row]:
+    """A training step of GPT-2 in float32, both optimizers in turn, after one round to warm up."""
+    config = model.gpt2(length=length, scan=True)
+    tokens = jax.random.randint(jax.random.key(1), (rows, length + 1), 0, config.vocabulary)
+    mesh = make_mesh("1,1,-1")
+    names = {"adamw": "adamw", "moma r=32": "moma:rank=32"}
+    with jax.set_mesh(mesh):
+        programs = {k: build(config, optimizers.make(v, 1e-3), mesh) for k, v in names.items()}
+        states = {k: program.init(jax.random.key(0)) for k, program in programs.items()}
+        times: dict[str, list[float]] = {name: [] for name in names}
+        for i in range(rounds + 1):
+            for name, program in programs.items():
+                started = time.perf_counter()
+                states[name], loss, _ = jax.block_until_ready(program.step(states[name], tokens))
+                if i:
+                    times[name].append(time.perf_counter() - started)
+                Console(stderr=True).print(
+                    f"round {i} {name}: {time.perf_counter() - started:.2f} s, loss {loss:.3f}"
+                )
+    reference = np.array(times["adamw"])
+    for name, t in times.items():
+        ratios = np.array(t) / reference
+        detail = f"rounds: {' '.join(f'{x:.3f}' for x in ratios)}"
+        case = f"{rows * length} tokens"
+        yield Row("step", case, name, float(np.median(t)), "s", float(np.median(ratios)), detail)
+
+
+def main() -> None:
+    """Measures one thing, prints its table and writes it among the others."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("memory", "published", "step"))
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds of a step")
+    parser.add_argument("--repetitions", type=int, default=1, help="multiplies those of published")
+    parser.add_argument("--rows", type=int, default=2, help="sequences of a step")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence")
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("gpt2.csv"))
+    args = parser.parse_args()
+    measured = {
+        "memory": memory,
+        "published": lambda: published(args.repetitions),
+        "step": lambda: step(args.rows, args.length, args.rounds),
+    }[args.what]()
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    if args.output.exists():
+        with args.output.open(newline="") as file:
+            rows = {tuple(row[k] for k in KEY): row for row in csv.DictReader(file)}
+    table = Table("case", "optimizer", "value", "unit", "ratio", "detail", title=args.what)
+    for row in measured:
+        values = {"value": f"{row.value:.4g}", "of_reference": f"{row.of_reference:.4g}"}
+        rows[row[:3]] = row._asdict() | values | {"jax": jax.__version__, "machine": machine()}
+        with args.output.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows.values())
+        table.add_row(*row[1:3], values["value"], row.unit, values["of_reference"], row.detail)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
