@@ -116,7 +116,6 @@ class Trim:
     power: Number
     search: _select.GlobalThreshold | None = None
     by: Literal["magnitude", "saliency"] = field(default="magnitude", metadata={"static": True})
-    keeps_all: bool = field(default=False, metadata={"static": True})
 
     @property
     def contract(self) -> Contract:
@@ -126,8 +125,6 @@ class Trim:
 
     def __call__(self, leaf: TaskVectors) -> TaskVectors:
         """Multiplies the weights by the mask."""
-        if self.keeps_all:
-            return leaf
         score = self._score(leaf)
         if self.search is None:
             threshold = _select.kth_largest(
@@ -169,8 +166,7 @@ def trim(
     weight_t *= [score_t >= the k-th largest score_t], k = max(1, floor(density * n)).
 
     Entries that tie with the k-th largest are all kept. Zero scores are kept only at density 1,
-    which keeps everything; given as a Python number it computes nothing, and is compiled as a
-    program of its own. Density 0 keeps nothing. Where an expert's curvature is all zero, so is
+    which keeps everything; density 0 keeps nothing. Where an expert's curvature is all zero, so is
     its saliency, and the leaf stays at the base.
 
     Args:
@@ -201,9 +197,7 @@ def trim(
         raise ValueError(f"by must be 'magnitude' or 'saliency', got {by!r}.")
     if scope not in ("leaf", "global"):
         raise ValueError(f"scope must be 'leaf' or 'global', got {scope!r}.")
-    keeps_all = not isinstance(density, jax.Array) and float(density) == 1
-    search = _select.GlobalThreshold() if scope == "global" and not keeps_all else None
-    return Trim(density, power, search, by, keeps_all)
+    return Trim(density, power, _select.GlobalThreshold() if scope == "global" else None, by)
 
 
 @jax.tree_util.register_dataclass
