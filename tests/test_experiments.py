@@ -45,6 +45,38 @@ def test_update_cost(tmp_path, monkeypatch):
     }
 
 
+def test_gpt2_cost(tmp_path, monkeypatch):
+    """Every measurement on small shapes; a new one replaces the old and keeps the others."""
+    pytest.importorskip("flax")
+    from experiments.pretrain.model import Config
+    from experiments.update_cost import gpt2 as module
+
+    monkeypatch.setattr(module, "SHAPES", {(128, 256): 3, (256, 128): 1})
+    monkeypatch.setattr(module, "gpt2", lambda: {"a": (512, 256), "b": (256,)})
+    small = Config(vocabulary=256, width=128, layers=2, length=16, scan=True)
+    monkeypatch.setattr(module.model, "gpt2", lambda **_: small)
+    out = tmp_path / "gpt2.csv"
+
+    def measured(*arguments):
+        monkeypatch.setattr(sys, "argv", ["gpt2.py", *arguments, "--output", str(out)])
+        module.main()
+        rows = list(csv.DictReader(out.read_text().splitlines()))
+        return {(r["what"], r["case"], r["optimizer"]): r for r in rows}
+
+    measured("memory")
+    measured("published")
+    rows = measured("step", "--rounds", "2", "--length", "16")
+    assert rows == measured("memory") | {k: r for k, r in rows.items() if k[0] == "memory"}
+    value = lambda case, column: float(rows["published", case, "umtam r=32"][column])
+    total = 3 * value("128 x 256", "value") + value("256 x 128", "value")
+    assert value("all 4 matrices", "value") == pytest.approx(total, rel=1e-3)
+    both = "update and apply, both donated"
+    assert rows["memory", both, "adamw"]["of_reference"] == "1"
+    assert float(rows["memory", both, "moma r=32"]["value"]) > 0
+    ratios = rows["step", "32 tokens", "moma r=32"]["detail"].split()[1:]
+    assert len(ratios) == 2 and all(float(x) > 0 for x in ratios)
+
+
 def test_truncation():
     """More iterations lose less, and never less than the SVD."""
     pytest.importorskip("flax")
