@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.glue.glue_study.report import Block, Row, number, save, table, tidy, unique
+from experiments.pages import Block, Row, number, save, table, tidy, unique
 
 from .stages import forgetting
 

@@ -20,9 +20,8 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 
-from experiments.glue.glue_study.experts import machine
-from experiments.glue.glue_study.records import Records
-from experiments.glue.glue_study.report import write_report
+from experiments.pages import write_report
+from experiments.records import Records, machine
 
 from . import stages, worlds
 from .cost import measure

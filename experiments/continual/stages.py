@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from experiments.glue.glue_study.experts import machine, size
-from experiments.glue.glue_study.records import Records
+from experiments.glue.experts import size
+from experiments.records import Records, machine
 from optax_moma.continual import ewc, stages
 
 from .methods import Method

@@ -16,8 +16,8 @@ import optax
 from flax import nnx
 
 import optax_moma as om
-from experiments.glue.glue_study.experts import Study, open_study, segments
-from experiments.glue.glue_study.tasks import OUTPUTS, Sizes, Task, scores
+from experiments.glue.experts import Study, open_study, segments
+from experiments.glue.tasks import OUTPUTS, Sizes, Task, scores
 from optax_moma.continual import correct, linearize
 from optax_moma.demo.encoder import embed
 from optax_moma.demo.training import apply_head, objective

@@ -1,12 +1,12 @@
 """What curvature measured while training is worth for pruning and merging, on eight tasks.
 
-    python experiments/glue/run.py train        # experts: minutes each, kept in the cache
-    python experiments/glue/run.py fisher       # exact Fisher of each expert, with data
-    python experiments/glue/run.py select       # keep a part of each task vector
-    python experiments/glue/run.py merge        # every method, tuned on dev, reported on test
-    python experiments/glue/run.py ablate       # one step of moma's and umtam's merge taken out
-    python experiments/glue/run.py statistics   # correlations, overlaps, conflicts, barriers
-    python experiments/glue/run.py report       # tables, figures and RESULTS.md from the CSV files
+    python -m experiments.glue.run train        # experts: minutes each, kept in the cache
+    python -m experiments.glue.run fisher       # exact Fisher of each expert, with data
+    python -m experiments.glue.run select       # keep a part of each task vector
+    python -m experiments.glue.run merge        # every method, tuned on dev, reported on test
+    python -m experiments.glue.run ablate       # one step of moma's and umtam's merge taken out
+    python -m experiments.glue.run statistics   # correlations, overlaps, conflicts, barriers
+    python -m experiments.glue.run report       # tables, figures and RESULTS.md from the CSV files
 
 Every stage goes on where it was stopped: experts lie in the cache (OPTAX_MOMA_CACHE, or the user's
 cache folder), results in CSV files beside this one. Tasks are read from OPTAX_MOMA_DATA, or from
@@ -19,11 +19,14 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from glue_study import stages
-from glue_study.experts import open_study
-from glue_study.merges import ABLATIONS, METHODS, Method
-from glue_study.report import BLOCKS, write_report
-from glue_study.tasks import KINDS, Sizes
+
+from experiments.pages import write_report
+
+from . import stages
+from .experts import open_study
+from .merges import ABLATIONS, METHODS, Method
+from .report import BLOCKS
+from .tasks import KINDS, Sizes
 
 app = typer.Typer(help=__doc__, add_completion=False, no_args_is_help=True)
 
@@ -125,7 +128,7 @@ def statistics(
 @app.command()
 def report(results: Results = HERE, page: Page = HERE.parent / "RESULTS.md") -> None:
     """Draws the figures and fills the tables of RESULTS.md from the CSV files."""
-    write_report(results, page)
+    write_report(results, page, BLOCKS)
     typer.echo(f"{page}: {len(BLOCKS)} tables")
 
 

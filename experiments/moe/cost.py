@@ -19,8 +19,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from experiments.glue.glue_study.experts import machine
-from experiments.glue.glue_study.records import Records
+from experiments.records import Records, machine
 from optax_moma.demo import encoder
 
 from . import language, text

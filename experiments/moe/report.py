@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.glue.glue_study.report import Block, Row, number, save, table, tidy, unique
+from experiments.pages import Block, Row, number, save, table, tidy, unique
 
 from .variants import VARIANTS
 

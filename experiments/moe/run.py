@@ -15,8 +15,8 @@ from typing import Annotated, Literal
 import jax
 import typer
 
-from experiments.glue.glue_study.records import Records
-from experiments.glue.glue_study.report import write_report
+from experiments.pages import write_report
+from experiments.records import Records
 from optax_moma.demo.files import default_cache
 
 from . import cost as costs

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments.glue.glue_study import tasks
+from experiments.glue import tasks
 from optax_moma.demo.encoder import Encoder, Layer, embed, load_pretrained
 from optax_moma.moe import Dense
 

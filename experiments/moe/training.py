@@ -17,9 +17,8 @@ import optax
 from flax import nnx
 from rich.console import Console
 
-from experiments.glue.glue_study.experts import machine
-from experiments.glue.glue_study.records import Records
 from experiments.pretrain.optimizers import CLIP, schedule
+from experiments.records import Records, machine
 
 from .variants import VARIANTS, Variant, parameters
 

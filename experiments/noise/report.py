@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from scipy.stats import spearmanr
 
-from experiments.glue.glue_study.report import Block, Row, number, save, table, tidy, unique
+from experiments.pages import Block, Row, number, save, table, tidy, unique
 
 MEASURES: Mapping[str, str] = {
     "learning_rate": "η",

@@ -16,8 +16,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from experiments.glue.glue_study.records import Records
-from experiments.glue.glue_study.report import write_report
+from experiments.pages import write_report
+from experiments.records import Records
 
 from . import stages
 from . import sweep as recipe

@@ -10,8 +10,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from experiments.glue.glue_study.experts import machine
-from experiments.glue.glue_study.records import Records
+from experiments.records import Records, machine
 from optax_moma.diagnostics import barrier, interpolation_curve, midpoint_gain
 
 from .forks import Measured, Setting, orders, train

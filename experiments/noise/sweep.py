@@ -21,8 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments.glue.glue_study.experts import machine
-from experiments.glue.glue_study.records import Records
+from experiments.records import Records, machine
 from optax_moma.merging import average, merge
 
 Params = Any

@@ -51,8 +51,8 @@ def texts(tmp_path_factory):
     from flax import nnx
 
     from experiments.continual.texts import Texts
-    from experiments.glue.glue_study.experts import Study
-    from experiments.glue.glue_study.tasks import KINDS, Examples, Task
+    from experiments.glue.experts import Study
+    from experiments.glue.tasks import KINDS, Examples, Task
     from optax_moma.demo.encoder import Config, Encoder
 
     config = Config(vocabulary=150, width=32, layers=1, heads=2, ffn=32, positions=32)

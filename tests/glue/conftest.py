@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "experiments" / "glue"))
+sys.path.insert(0, str(Path(__file__).parents[2]))  # experiments is no installed package
 
 pytest.importorskip("tokenizers")
 
@@ -15,9 +15,9 @@ pytest.importorskip("tokenizers")
 def small(tmp_path_factory):
     """Three tasks, on the share of high words in random texts and on their length."""
     from flax import nnx
-    from glue_study import experts, stages, tasks
-    from glue_study.experts import Recipe, Study
 
+    from experiments.glue import experts, stages, tasks
+    from experiments.glue.experts import Recipe, Study
     from optax_moma.demo.encoder import Config, Encoder
 
     rng = np.random.default_rng(0)

@@ -4,11 +4,11 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from glue_study import experts, stages
-from glue_study.experts import Evaluator, Recipe
-from glue_study.tasks import Examples, scores
 
 import optax_moma as om
+from experiments.glue import experts, stages
+from experiments.glue.experts import Evaluator, Recipe
+from experiments.glue.tasks import Examples, scores
 from optax_moma.demo.encoder import embed
 
 

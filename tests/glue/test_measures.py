@@ -3,11 +3,11 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from glue_study import measures
-from glue_study.experts import Expert, Statistics
 from scipy.stats import spearmanr
 
 import optax_moma as om
+from experiments.glue import measures
+from experiments.glue.experts import Expert, Statistics
 
 
 def test_agreement_is_spearman_over_what_changed():

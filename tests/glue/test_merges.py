@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from glue_study import merges, stages
-from glue_study.experts import Expert, Statistics
-from glue_study.merges import ABLATIONS, METHODS, Published
 
+from experiments.glue import merges, stages
+from experiments.glue.experts import Expert, Statistics
+from experiments.glue.merges import ABLATIONS, METHODS, Published
 from optax_moma import merging
 from optax_moma.merging import merge
 

@@ -1,41 +1,34 @@
 """Every stage from its command, in small, and the report made of what they wrote."""
 
 import csv
-import importlib.util
 import re
 from itertools import product
-from pathlib import Path
 
 import pytest
-
-FOLDER = Path(__file__).parents[2] / "experiments" / "glue"
 
 
 @pytest.fixture
 def study(small, monkeypatch, tmp_path):
     """The command line on two small tasks, with two methods and few points."""
-    from glue_study import fisher, merges, stages
+    from experiments.glue import fisher, merges, run, stages
 
-    spec = importlib.util.spec_from_file_location("glue_run", FOLDER / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     opened = small._replace(results=tmp_path / "results")
-    monkeypatch.setattr(module, "open_study", lambda *_: opened)
+    monkeypatch.setattr(run, "open_study", lambda *_: opened)
     methods = {name: merges.METHODS[name] for name in ("RegMean (data)", "moma")}
-    monkeypatch.setattr(module, "METHODS", methods)
-    monkeypatch.setattr(module, "ABLATIONS", {"moma": methods["moma"]})
+    monkeypatch.setattr(run, "METHODS", methods)
+    monkeypatch.setattr(run, "ABLATIONS", {"moma": methods["moma"]})
     monkeypatch.setattr(fisher, "EXAMPLES", 4)
     monkeypatch.setattr(merges, "SCALES", (0.5, 1.0))
     monkeypatch.setattr(merges, "DENSITIES", (0.5,))
     monkeypatch.setattr(stages, "RATE_TASKS", ("cola",))
     monkeypatch.setattr(stages, "SETS", (("cola", "sts"),))
     monkeypatch.setattr(stages.saliency, "DENSITIES", (0.2, 0.9))
-    return module, opened
+    return run, opened
 
 
 def test_every_stage_and_the_report(study, tmp_path):
     testing = pytest.importorskip("typer.testing")
-    from glue_study import saliency
+    from experiments.glue import saliency
 
     module, opened = study
 

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from glue_study import experts, fisher, saliency
-from glue_study.experts import Expert, Recipe, Statistics
 
 import optax_moma as om
+from experiments.glue import experts, fisher, saliency
+from experiments.glue.experts import Expert, Recipe, Statistics
 
 
 @pytest.mark.parametrize("name", ["sick", "sts"])

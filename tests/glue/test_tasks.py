@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from glue_study import tasks
-from glue_study.tasks import KINDS
 from sklearn import metrics
+
+from experiments.glue import tasks
+from experiments.glue.tasks import KINDS
 
 FILES = {
     "sst2/train.txt": "1 good .\n0 bad .\n",

@@ -12,12 +12,12 @@ nnx = pytest.importorskip("flax.nnx")
 for extra in ("grain", "matplotlib", "tokenizers", "typer"):
     pytest.importorskip(extra)
 
-from experiments.glue.glue_study import tasks  # noqa: E402
-from experiments.glue.glue_study.records import Records  # noqa: E402
-from experiments.glue.glue_study.report import write_report  # noqa: E402
+from experiments.glue import tasks  # noqa: E402
 from experiments.moe import cost, language, report, text, training  # noqa: E402
 from experiments.moe.variants import VARIANTS, Sizes, Stack, make_identities  # noqa: E402
+from experiments.pages import write_report  # noqa: E402
 from experiments.pretrain import model  # noqa: E402
+from experiments.records import Records  # noqa: E402
 from optax_moma.demo.encoder import Config, Encoder, embed  # noqa: E402
 from optax_moma.moe import Dense, ExpertWeights  # noqa: E402
 

@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from experiments.glue.glue_study.records import Records
 from experiments.noise import run, sweep
+from experiments.records import Records
 
 typer_testing = pytest.importorskip("typer.testing")
 

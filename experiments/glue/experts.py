@@ -5,8 +5,6 @@ of the curvature (never its momentum). Batches hold texts of similar length and 
 their longest, in steps of 16 tokens.
 """
 
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
@@ -21,6 +19,7 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 import optax_moma as om
+from experiments.records import machine
 from optax_moma.demo.encoder import Encoder, Params, embed, load_pretrained
 from optax_moma.demo.files import default_cache
 from optax_moma.demo.training import apply_head, objective, save
@@ -324,12 +323,6 @@ def about_expert(study: Study, recipe: Recipe) -> dict[str, Any] | None:
 def size(tree: Any) -> int:
     """Bytes of all arrays of a tree."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-
-
-def machine() -> str:
-    """What a time was measured on."""
-    device = jax.devices()[0]
-    return f"{device.platform} {device.device_kind}, {os.cpu_count()} cores, {platform.machine()}"
 
 
 # ------------------------------------------------------------------------------------- evaluation

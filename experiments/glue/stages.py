@@ -11,16 +11,16 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from experiments.records import Records, machine, numbers
 from optax_moma.demo.encoder import Params
 from optax_moma.demo.pipeline import along
 from optax_moma.diagnostics import barrier, interpolation_curve
 
 from . import measures, merges, saliency
-from .experts import Evaluator, Expert, Recipe, Study, about_expert, expert, machine
+from .experts import Evaluator, Expert, Recipe, Study, about_expert, expert
 from .fisher import fisher_of, grams_of
 from .fisher import record as record_fisher
 from .merges import Choice, Method
-from .records import Records, numbers
 from .tasks import Examples
 
 RATES = (1e-4, 2e-4, 4e-4)

@@ -1,11 +1,15 @@
 """Results as CSV files that grow line by line, so that a stage goes on where it was stopped."""
 
 import csv
+import os
+import platform
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import jax
 
 
 class Records:
@@ -63,8 +67,14 @@ def command() -> str:
     """The command line as one would type it, without the machine's folders."""
     spec = sys.modules["__main__"].__spec__
     name = Path(sys.argv[0]).name
-    program = ["-m", spec.name] if spec else [f"experiments/glue/{name}"]
+    program = ["-m", spec.name] if spec else [name]
     return shlex.join(["python", *program, *sys.argv[1:]])
+
+
+def machine() -> str:
+    """What a time was measured on."""
+    device = jax.devices()[0]
+    return f"{device.platform} {device.device_kind}, {os.cpu_count()} cores, {platform.machine()}"
 
 
 def _text(value: Any) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
+from experiments.records import Records
 from optax_moma import merging
 from optax_moma.demo.encoder import Params
 from optax_moma.demo.training import save
@@ -29,7 +30,6 @@ from .experts import (
     size,
     training_examples,
 )
-from .records import Records
 
 EXAMPLES = 128
 
