@@ -5,11 +5,6 @@ in memory, however the leaves are grouped.
 """
 
 import contextlib
-import fcntl
-import hashlib
-import importlib.metadata
-import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,28 +15,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .. import merging
-from .._tree import path_name
 from ..merging._inputs import MergeError, is_float
-from ..merging._leaf import LeafInputs, stable_id
-from ..merging._merge import merge_leaf, merge_sharded, prepared
-from . import _orbax, _safetensors
-from ._job import (
-    CHUNK_BYTES,
-    Job,
-    Layer,
-    Part,
-    leaf_bytes,
-    open_job,
-    passes,
-    problems_of,
-    raise_problems,
-)
-from ._manifest import differing, digest, write_manifest
-from ._recipe import Recipe, key_of, output_dtype
-from ._source import Abstract, Checkpoint, manifest_path, open_checkpoint, open_model
+from ..merging._leaf import LeafInputs
+from ..merging._merge import prepared
+from ._job import CHUNK_BYTES, Job, Part, leaf_bytes, open_job, passes, problems_of, raise_problems
+from ._leaf import leaf_inputs, merged_leaf
+from ._manifest import digest
+from ._output import Sink, commit, only_writer, resumed, sink_for
+from ._recipe import Recipe
+from ._source import Checkpoint, open_checkpoint, open_model
 
 Progress = Callable[[int, int], None]
 
@@ -142,7 +125,7 @@ def merge(
             job.problems.append(f"the output {output} would be in the place of {label}")
     raise_problems(job)
 
-    with _only_writer(output):
+    with only_writer(output):
         _refuse_to_replace(output, force)
         return _streamed(job, output, chunk_bytes, progress, start)
 
@@ -180,34 +163,11 @@ def _refuse_to_replace(output: Path, force: bool) -> None:
         raise FileExistsError(f"{output} exists; name another output, or replace it with force")
 
 
-@contextlib.contextmanager
-def _only_writer(output: Path) -> Iterator[None]:
-    """Holds a lock that the system takes back when a process ends, in whatever way."""
-    path = output.with_name(output.name + ".merging.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The file is deleted by whoever had the lock last.
-            held = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
-        except BlockingIOError:
-            held = False
-        if not held:
-            raise FileExistsError(
-                f"Another merge is writing {output}; wait for it to end, or name another output."
-            )
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
 def _streamed(
     job: Job, output: Path, chunk_bytes: int, progress: Progress | None, start: float
 ) -> Merged:
     staging = output.with_name(output.name + ".merging")
-    kind = _SafetensorsSink if output.suffix == ".safetensors" else _OrbaxSink
-    done = _resumed(staging, _identity(job), output, kind)
+    done = resumed(staging, job, output)
     total = sum(
         job.stored_bytes(part, name) * (1 + passes(part)) + leaf_bytes(job.merged_leaf(part, name))
         for part in job.parts
@@ -227,7 +187,7 @@ def _streamed(
             meter.add(task.bytes + leaf_bytes(job.merged_leaf(task.part, name)))
     faults: list[str] = []
     with (
-        contextlib.closing(kind(staging, output.name, job)) as sink,
+        contextlib.closing(sink_for(output)(staging, output.name, job)) as sink,
         ThreadPoolExecutor(1) as reader,
         ThreadPoolExecutor(1) as writer,
     ):
@@ -245,27 +205,36 @@ def _streamed(
                 if written is not None:
                     done["leaves"] |= written.result()
                     written = None
-                _note_inputs(done, arrays)
+                for label, digests in arrays.digests.items():
+                    done["inputs"].setdefault(label, {}).update(digests)
                 if not faults:
                     # After a fault the rest is read for more faults only.
-                    written = writer.submit(sink.write, merged, arrays.digests, meter)
+                    written = writer.submit(_write, sink, merged, arrays, meter)
             if written is not None:
                 done["leaves"] |= written.result()
     if faults:
         shutil.rmtree(staging)
         raise MergeError("Cannot merge,", list(dict.fromkeys(faults)))
-    resumed = [name for unit in units if unit not in left for name in unit]
-    _commit(job, sink, staging, output, done, resumed)
+    earlier = [name for unit in units if unit not in left for name in unit]
+    commit(job, sink, staging, output, done, earlier)
     written_bytes = sum(leaf_bytes(job.merged_leaf(t.part, t.name)) for t in tasks.values())
     return Merged(
         output,
         len(tasks),
-        len(resumed),
+        len(earlier),
         meter.done - written_bytes,
         written_bytes,
         time.monotonic() - start,
         job.warnings,
     )
+
+
+def _write(
+    sink: Sink, merged: dict[str, jax.Array], arrays: _Read, meter: "_Meter"
+) -> dict[str, str]:
+    digests = sink.write(merged, arrays.digests)
+    meter.add(sum(x.nbytes for x in merged.values()))
+    return digests
 
 
 class _Meter:
@@ -281,170 +250,6 @@ class _Meter:
 
 
 _JOURNAL = "journal.jsonl"
-
-
-class _OrbaxSink:
-    """Parts of an Orbax checkpoint, each written as a whole, with the digests of its leaves."""
-
-    def __init__(self, staging: Path, name: str, job: Job):
-        self.path = staging / "checkpoint"
-        self._tree = job.reference.tree
-
-    @staticmethod
-    def saved(staging: Path, name: str) -> list[dict[str, Any]] | None:
-        return _orbax.saved_parts(staging / "checkpoint")
-
-    def write(
-        self, arrays: dict[str, jax.Array], inputs: dict[str, dict[str, str]], meter: _Meter
-    ) -> dict[str, str]:
-        digests = {name: digest(array) for name, array in arrays.items()}
-        first = not _orbax.is_partial(self.path)
-        tree = _pruned(self._tree, arrays, empty=first)
-        _orbax.save_part(self.path, tree, {"leaves": digests, "inputs": inputs})
-        meter.add(sum(x.nbytes for x in arrays.values()))
-        return digests
-
-    def finish(self, digests: Mapping[str, str], resumed: list[str]) -> list[str]:
-        if not self.path.exists():
-            _orbax.finalize(self.path)
-        return differing(open_checkpoint(self.path), {name: digests[name] for name in resumed})
-
-    def close(self) -> None:
-        pass
-
-
-class _SafetensorsSink:
-    """A safetensors file, and a journal of what is written in it, with the digests."""
-
-    def __init__(self, staging: Path, name: str, job: Job):
-        self.path, self._journal = staging / name, staging / _JOURNAL
-        leaves = {
-            name.replace("/", "."): job.merged_leaf(part, name)
-            for part in job.parts
-            for name in part.names
-        }
-        about = {"format": "flax", "merged_by": "optax_moma"}
-        self._writer = _safetensors.Writer(self.path, leaves, about)
-
-    @staticmethod
-    def saved(staging: Path, name: str) -> list[dict[str, Any]]:
-        journal = staging / _JOURNAL
-        if not (staging / name).exists():
-            journal.unlink(missing_ok=True)  # The file is at the output already.
-        *lines, _ = journal.read_text().split("\n") if journal.exists() else [""]
-        if lines:
-            journal.write_text("".join(f"{line}\n" for line in lines))  # without one cut short
-        return [json.loads(line) for line in lines]
-
-    def write(
-        self, arrays: dict[str, jax.Array], inputs: dict[str, dict[str, str]], meter: _Meter
-    ) -> dict[str, str]:
-        self._writer.write({name.replace("/", "."): x for name, x in arrays.items()})
-        digests = {name: digest(array) for name, array in arrays.items()}
-        with self._journal.open("a") as journal:
-            journal.write(json.dumps({"leaves": digests, "inputs": inputs}) + "\n")
-        meter.add(sum(x.nbytes for x in arrays.values()))
-        return digests
-
-    def finish(self, digests: Mapping[str, str], resumed: list[str]) -> list[str]:
-        return differing(open_checkpoint(self.path), {name: digests[name] for name in resumed})
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-def _resumed(
-    staging: Path, identity: str, output: Path, kind: type[_OrbaxSink] | type[_SafetensorsSink]
-) -> dict[str, Any]:
-    """Returns what an interrupted run has safely written; clears away what is of no use."""
-    note, replaced = staging / "identity", staging / "replaced"
-    if replaced.exists() and not output.exists():
-        replaced.rename(output)
-    done: dict[str, Any] = {"leaves": {}, "inputs": {}}
-    notes = None
-    if note.exists() and note.read_text() == identity:
-        notes = kind.saved(staging, output.name)
-    if notes is None:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        note.write_text(identity)
-    for saved in notes or ():
-        done["leaves"] |= saved["leaves"]
-        for label, digests in saved["inputs"].items():
-            done["inputs"].setdefault(label, {}).update(digests)
-    return done
-
-
-def _identity(job: Job) -> str:
-    """Returns what must not change between the runs of one merge: recipe, inputs, versions."""
-    inputs = {}
-    checkpoints = [model.checkpoint for model in job.models.values()]
-    for checkpoint in (*checkpoints, *(v.checkpoint for v in job.curvature.values())):
-        files = [checkpoint.path] if checkpoint.path.is_file() else checkpoint.path.rglob("*")
-        stats = sorted((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
-        inputs[str(checkpoint.path)] = stats
-    text = json.dumps([job.recipe.model_dump(mode="json"), inputs, _versions()])
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    names = ("jax", "jaxlib", "numpy", "orbax-checkpoint", "optax-moma")
-    installed = {
-        d.metadata["Name"].lower().replace("_", "-") for d in importlib.metadata.distributions()
-    }
-    return {name: importlib.metadata.version(name) for name in names if name in installed}
-
-
-def _commit(
-    job: Job,
-    sink: _OrbaxSink | _SafetensorsSink,
-    staging: Path,
-    output: Path,
-    done: dict[str, Any],
-    resumed: list[str],
-) -> None:
-    """Makes the checkpoint whole, and moves it to its place in one step."""
-    damaged = sink.finish(done["leaves"], resumed)
-    if damaged:
-        shutil.rmtree(staging)
-        raise ValueError(
-            f"What an interrupted run had written is damaged ({damaged[0]}). It was cleared away: "
-            "merge again."
-        )
-    is_file = output.suffix == ".safetensors"
-    manifest = manifest_path(sink.path) if not is_file else staging / "manifest.json"
-    relabelled = {
-        stored: done["leaves"][name]
-        for name, stored in _output_names(job).items()
-        if name in done["leaves"]
-    }
-    content = {
-        "recipe": job.recipe.model_dump(mode="json", by_alias=True),
-        "versions": _versions(),
-        "leaves": relabelled,
-        "inputs": done["inputs"],
-    }
-    if is_file:
-        write_manifest(sink.path, manifest, content)
-        os.replace(manifest, manifest_path(output))
-        os.replace(sink.path, output)
-    else:
-        write_manifest(sink.path, manifest, content)
-        if output.exists():
-            output.rename(staging / "replaced")
-        sink.path.rename(output)
-    shutil.rmtree(staging)
-
-
-def _output_names(job: Job) -> dict[str, str]:
-    """Returns the names of the leaves in the written checkpoint by leaf path."""
-    keys, _ = jax.tree_util.tree_flatten_with_path(job.reference.tree)
-    return {name: path_name(path) for path, name in keys}
-
-
-def _note_inputs(done: dict[str, Any], arrays: _Read) -> None:
-    for label, digests in arrays.digests.items():
-        done["inputs"].setdefault(label, {}).update(digests)
 
 
 def _units(tree: Any, names: set[str]) -> Iterator[list[str]]:
@@ -535,176 +340,15 @@ def _merged(
     merged = {}
     for name, part, _ in group:
         models = {label: leaves[name] for label, leaves in arrays.models.items() if name in leaves}
-        like = job.merged_leaf(part, name)
+        curvature = {expert: found.get(name) for expert, found in arrays.curvature.items()}
         try:
-            if part.keep is not None:
-                leaf = _kept(job, part.keep, name, models[part.keep])
-            else:
-                leaf = _merge_leaf(job, part, methods[id(part)], name, models, arrays, like)
+            leaf = merged_leaf(job, part, methods[id(part)], name, models, curvature)
         except ValueError as error:
             faults += problems_of(error)
             continue
         # One leaf at a time: the memory of a merge is a multiple of its largest leaf.
-        leaf = jax.device_put(leaf.astype(like.dtype), job.saved_sharding(part, name))
         merged[name] = jax.block_until_ready(leaf)
     return merged
-
-
-def _merge_leaf(
-    job: Job,
-    part: Part,
-    method: Any,
-    name: str,
-    models: dict[str, np.ndarray],
-    arrays: _Read,
-    like: Abstract,
-) -> jax.Array:
-    assert part.method is not None
-    curvature, sharding = _curvature_of(job, part, name, arrays), job.saved_sharding(part, name)
-    estimates = jax.tree.leaves(curvature)
-    if not part.method.contract.gram:
-        # A negative second moment is as wrong as an infinite one.
-        estimates = [x if np.min(x, initial=0) >= 0 else np.float32(np.nan) for x in estimates]
-    checked = [] if job.recipe.allow_nonfinite else models.values()
-    if is_float(like) and _clean([*checked, *estimates]):
-        inputs = _leaf_inputs(job, part, name, models, curvature, like)
-        if not part.layers:
-            return merge_sharded(method, _spread(inputs, sharding))
-        layers = enumerate(part.layers)
-        return jnp.stack([merge_leaf(x.method, _layer(inputs, i, x, name)) for i, x in layers])
-    # Not floating point, or something is wrong: the merge in memory knows what to do or to say.
-    return merging.merge(
-        method,
-        {expert: {name: models[expert]} for expert in job.experts},
-        base={name: models["base"]} if "base" in models else None,
-        curvature=None if curvature is None else {e: {name: v} for e, v in curvature.items()},
-        weights=part.weights,
-        key=key_of(job.recipe),
-    )[name]
-
-
-def _spread(inputs: LeafInputs, sharding: NamedSharding | None) -> LeafInputs:
-    """Returns the inputs of a leaf on the devices that it was saved from."""
-    if sharding is None:
-        return inputs
-    # The same mesh, but its axes are not in the types.
-    mesh = Mesh(np.asarray(sharding.mesh.devices), sharding.mesh.axis_names)
-    shape = inputs.experts[0].shape
-
-    def put(x: Any) -> Any:
-        # The factors of a curvature are small.
-        spec = sharding.spec if x.shape == shape else PartitionSpec()
-        return jax.device_put(x, NamedSharding(mesh, spec))
-
-    spread = jax.tree.map(put, (inputs.experts, inputs.base, inputs.curvature))
-    return inputs._replace(experts=spread[0], base=spread[1], curvature=spread[2])
-
-
-def _clean(arrays: list[Any]) -> bool:
-    """Whether all numbers are finite: by their bits, several times as fast as by arithmetic.
-
-    Read as integers, no finite number reaches the infinity of its sign.
-    """
-    for x in map(np.asarray, arrays):
-        bits = f"{8 * x.itemsize}"
-        signed, unsigned = x.view(f"int{bits}"), x.view(f"uint{bits}")
-        infinity, minus = np.array([np.inf, -np.inf], x.dtype).view(unsigned.dtype)
-        if np.max(signed, initial=0) >= infinity or np.max(unsigned, initial=0) >= minus:
-            return False
-    return True
-
-
-def _layer(inputs: LeafInputs, i: int, layer: Layer, name: str) -> LeafInputs:
-    """Returns one layer of a stack as a leaf of its own."""
-    # Of a factored curvature one factor may be the same for all layers.
-    stacked = (inputs.experts, inputs.base, inputs.curvature)
-    experts, base, curvature = jax.tree.map(lambda x: x[i if len(x) > 1 else 0], stacked)
-    return inputs._replace(
-        experts=experts,
-        base=base,
-        curvature=curvature,
-        weights=np.array([layer.weights[expert] for expert in sorted(layer.weights)]),
-        path_id=stable_id(f"{name}/{i}"),
-    )
-
-
-def _curvature_of(job: Job, part: Part, name: str, arrays: _Read) -> dict[str, Any] | None:
-    """Returns the curvature of a leaf by expert.
-
-    Raises:
-      MergeError: if it is zero for experts that were trained there, and the recipe does not say
-        what else it is.
-    """
-    if part.method is None or not part.method.contract.curvature:
-        return None
-    found = {expert: arrays.curvature.get(expert, {}).get(name) for expert in job.experts}
-    if part.method.contract.gram:
-        return found
-    problems = []
-    for expert, v in found.items():
-        zero = v is not None and not all(np.any(x) for x in jax.tree.leaves(v))
-        models = {label: leaves[name] for label, leaves in arrays.models.items() if zero}
-        if not zero or not _was_trained(job, expert, models):
-            continue
-        missing, leaf = job.curvature[expert].missing, job.reference.leaves[name]
-        found[expert] = np.full(leaf.shape, missing or 0, np.float32)
-        if missing is None:
-            problems.append(
-                f"the curvature of expert {expert!r}, {name}: all zero, though the leaf was "
-                "trained; if by weight decay alone, give it one with curvature: {missing: 0.0}"
-            )
-    if problems:
-        raise MergeError("Cannot merge,", problems)
-    return found
-
-
-def _was_trained(job: Job, expert: str, models: dict[str, np.ndarray]) -> bool:
-    """Whether a leaf differs from the base, or without one from another expert's."""
-    others = ["base"] if "base" in models else [e for e in job.experts if e != expert]
-    return any(not np.array_equal(models[expert], models[other]) for other in others)
-
-
-def _leaf_inputs(
-    job: Job,
-    part: Part,
-    name: str,
-    models: dict[str, np.ndarray],
-    curvature: dict[str, Any] | None,
-    like: Abstract,
-) -> LeafInputs:
-    """Returns a leaf as the merge takes it, wide enough for the dtype that the recipe asks for."""
-    names = sorted(job.experts)
-    experts: list[Any] = [models[expert] for expert in names]
-    base: Any = models.get("base")
-    if output_dtype(job.recipe) is not None:
-        # The merge is rounded to the base's dtype, or to that of all experts together.
-        wide = lambda x: jnp.asarray(x).astype(  # noqa: E731
-            jnp.promote_types(jnp.promote_types(like.dtype, jnp.float32), x.dtype)
-        )
-        if base is None:
-            experts[0] = wide(experts[0])
-        else:
-            base = wide(base)
-    return LeafInputs(
-        experts=tuple(experts),
-        base=base,
-        curvature=None if curvature is None else tuple(curvature[expert] for expert in names),
-        weights=np.array([part.weights[expert] for expert in names]),
-        key=key_of(job.recipe),
-        path_id=stable_id(name),
-        expert_ids=np.array([stable_id(expert) for expert in names]),
-    )
-
-
-def _kept(job: Job, keep: str, name: str, leaf: np.ndarray) -> jax.Array:
-    x = jnp.asarray(leaf)
-    if is_float(x) and not job.recipe.allow_nonfinite and not bool(jnp.all(jnp.isfinite(x))):
-        count = int(jnp.sum(~jnp.isfinite(x)))
-        raise ValueError(
-            f"{job.models[keep].label}, {name}: {count} values that are not finite; leave the "
-            "model out, or let them through with allow_nonfinite: true"
-        )
-    return x
 
 
 def _prepared(
@@ -723,27 +367,7 @@ def _prepared(
                 raise MergeError("Cannot merge,", [f for v in arrays.faults.values() for f in v])
             for name, _, _ in group:
                 models = {label: found[name] for label, found in arrays.models.items()}
-                curvature = _curvature_of(job, part, name, arrays)
-                like = job.merged_leaf(part, name)
-                yield _leaf_inputs(job, part, name, models, curvature, like)
+                curvature = {expert: own.get(name) for expert, own in arrays.curvature.items()}
+                yield leaf_inputs(job, part, name, models, curvature)
 
     return prepared(part.method, leaves)
-
-
-_NOTHING = object()
-
-
-def _pruned(tree: Any, arrays: Mapping[str, Any], *, empty: bool) -> Any:
-    """Returns the part of a tree of leaf paths for which there are arrays, as they are saved."""
-    if isinstance(tree, dict):
-        found = {key: _pruned(child, arrays, empty=empty) for key, child in tree.items()}
-        found = {key: child for key, child in found.items() if child is not _NOTHING}
-        return found if found or (empty and not tree) else _NOTHING
-    if isinstance(tree, list):
-        children = [_pruned(child, arrays, empty=True) for child in tree]
-        if not any(name in arrays for name in jax.tree.leaves(tree)):
-            return children if empty and not jax.tree.leaves(tree) else _NOTHING
-        return [None if child is _NOTHING else child for child in children]
-    if tree is None:
-        return None if empty else _NOTHING
-    return arrays.get(tree, _NOTHING)

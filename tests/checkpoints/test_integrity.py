@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 KILLED = """
 import os, signal, sys, threading
 from optax_moma import checkpoints
-from optax_moma.checkpoints import _merge, _orbax
+from optax_moma.checkpoints import _orbax, _output
 
 recipe, output, moment = sys.argv[1:]
 def die(*_):
@@ -37,7 +37,7 @@ def dying_finalize(path):
 if moment == "finalize":
     _orbax.finalize = dying_finalize
 elif moment == "manifest":
-    _merge.write_manifest = die
+    _output.write_manifest = die
 elif moment != "never":
     timer = threading.Timer(float(moment), die)
     timer.daemon = True  # A merge that was faster ends in peace.
