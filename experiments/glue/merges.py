@@ -7,6 +7,7 @@ task vector on another, by the mean share of the experts' scores on one half of 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -99,13 +100,15 @@ METHODS: Mapping[str, Method] = {
     "Perturb-and-Merge": Method(merging.perturb_and_merge, "optimizer"),
     "OTA": Method(merging.ota, "optimizer"),
     "UMTAM": Method(merging.umtam, "optimizer"),
+    "curvature TIES": Method(merging.curvature_ties, "optimizer"),
+    "curvature TIES (Fisher, data)": Method(merging.curvature_ties, "fisher"),
     "moma": Method(merging.moma, "optimizer"),
     "moma (Fisher, data)": Method(merging.moma, "fisher"),
 }
 """Every method that is compared, by the name in the tables."""
 
 
-def _moma_without(
+def _ties_without(
     trim: Literal["saliency", "magnitude", "none"] = "saliency",
     *,
     vote: bool = True,
@@ -124,6 +127,86 @@ def _moma_without(
         if vote:
             steps.append(merging.elect())
         return merging.chain(*steps, merging.mean(), merging.scale(scale))
+
+    return make
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sides:
+    """Merges a matrix as `merging.moma` does, in the metric of its inputs, or of both sides.
+
+    Of both, W minimises sum_t tr((W - d_t)^T A_t (W - d_t) B_t), as with the curvature of K-FAC:
+    A_t = G_t G_t^T, B_t = G_t^T G_t, each a little drawn to its diagonal, which is all the say of
+    the ridge here. By conjugate gradients from the mean.
+
+    Attributes:
+      side: "inputs" or "both".
+      shrinkage: How much the two Grams are drawn to their diagonals.
+      steps: Of conjugate gradients.
+    """
+
+    side: Literal["inputs", "both"] = field(metadata={"static": True})
+    shrinkage: float = 0.03
+    steps: int = field(default=60, metadata={"static": True})
+
+    @property
+    def contract(self) -> merging.Contract:
+        """A base and a curvature."""
+        return merging.Contract(base=True, curvature=True, combines=True, whole=True)
+
+    def __call__(self, leaf: merging.TaskVectors) -> merging.TaskVectors:
+        """Combines the task vectors of a matrix; averages other leaves."""
+        if leaf.delta.ndim != 3 or leaf.curvature is None:
+            return merging.mean()(leaf)
+        v = jnp.stack([jnp.asarray(_dense(v)) for v in leaf.curvature])
+        G = leaf.delta * jnp.sqrt(v / _mean(v))
+        G = G / jnp.maximum(jnp.sqrt(jnp.sum(G**2, axis=(1, 2), keepdims=True)), 1e-30)
+        out = self._of_inputs(leaf.delta, G) if self.side == "inputs" else self._of_both(leaf, G)
+        out = out[None]
+        return leaf._replace(delta=out, weight=jnp.ones_like(out), curvature=None, keys=None)
+
+    def _of_inputs(self, d: jax.Array, G: jax.Array) -> jax.Array:
+        k, m, _ = d.shape
+        A = [_product(G_t, G_t.T) for G_t in G]
+        c = 1e-2 * k / m
+        right = _total(jnp.stack([_product(*pair) for pair in zip(A, d, strict=True)]))
+        whole = sum(A[1:], A[0]) + c * jnp.eye(m)
+        return jax.scipy.linalg.solve(whole, right + c * _total(d) / k, assume_a="pos")
+
+    def _of_both(self, leaf: merging.TaskVectors, G: jax.Array) -> jax.Array:
+        d, (k, m, n) = leaf.delta, leaf.delta.shape
+        diagonals = [(jnp.sum(G**2, axis=axis) + 1e-6 / G.shape[3 - axis]) for axis in (2, 1)]
+
+        def curved(t: int, W: jax.Array) -> jax.Array:
+            # Both Grams have trace 1: times m and n they are of order one.
+            rows, columns = diagonals[0][t][:, None], diagonals[1][t]
+            full, s = 1 - self.shrinkage, self.shrinkage
+            W = m * (s * rows * W + full * _product(G[t], _product(G[t].T, W)))
+            return n * (s * W * columns + full * _product(_product(W, G[t].T), G[t]))
+
+        def all_curved(W: jax.Array) -> jax.Array:
+            return _total(jnp.stack([curved(t, W) for t in range(k)]))
+
+        right = _total(jnp.stack([curved(t, d[t]) for t in range(k)]))
+        say = m * n * _total(diagonals[0][:, :, None] * diagonals[1][:, None, :])
+        return jax.scipy.sparse.linalg.cg(
+            all_curved, right, _total(d) / k, maxiter=self.steps, M=lambda r: r / say
+        )[0]
+
+
+def _mean(v: jax.Array) -> jax.Array:
+    mean = jnp.mean(v, axis=(1, 2), keepdims=True)
+    return jnp.where(mean > 0, mean, 1)
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision="highest")
+
+
+def _sides(side: Literal["inputs", "both"]) -> Callable[..., merging.Step]:
+    def make(scale: float = 1.0) -> merging.Step:
+        return merging.chain(Sides(side), merging.scale(scale))
 
     return make
 
@@ -202,21 +285,31 @@ def _published_without(**changes: Any) -> Callable[..., merging.Step]:
 
 ABLATIONS: Mapping[str, Method] = {
     "moma": Method(merging.moma, "optimizer"),
-    "moma, trim by magnitude": Method(_moma_without("magnitude"), "optimizer"),
-    "moma, no trim": Method(_moma_without("none"), "optimizer"),
-    "moma, no vote": Method(_moma_without(vote=False), "optimizer"),
-    "moma, no weights": Method(_moma_without(weights=False), "optimizer"),
-    "moma, power 1": Method(_moma_without(power=1.0), "optimizer"),
-    "moma, power 1/4": Method(_moma_without(power=0.25), "optimizer"),
-    "moma, global threshold": Method(_moma_without(scope="global"), "optimizer"),
+    "moma, no curvature": Method(partial(merging.moma, power=0.0), "optimizer"),
+    "moma, power 1/4": Method(partial(merging.moma, power=0.25), "optimizer"),
+    "moma, power 1": Method(partial(merging.moma, power=1.0), "optimizer"),
+    "moma, ridge 0.1": Method(partial(merging.moma, ridge=0.1), "optimizer"),
+    "moma, ridge 0.001": Method(partial(merging.moma, ridge=1e-3), "optimizer"),
     "moma, row and column sums": Method(merging.moma, "factored"),
+    "moma, embeddings averaged": Method(merging.moma, "optimizer", layers=True),
+    "moma, of the inputs": Method(_sides("inputs"), "optimizer", layers=True),
+    "moma, of both sides": Method(_sides("both"), "optimizer", layers=True),
+    "curvature TIES": Method(merging.curvature_ties, "optimizer"),
+    "curvature TIES, trim by magnitude": Method(_ties_without("magnitude"), "optimizer"),
+    "curvature TIES, no trim": Method(_ties_without("none"), "optimizer"),
+    "curvature TIES, no vote": Method(_ties_without(vote=False), "optimizer"),
+    "curvature TIES, no weights": Method(_ties_without(weights=False), "optimizer"),
+    "curvature TIES, power 1": Method(_ties_without(power=1.0), "optimizer"),
+    "curvature TIES, power 1/4": Method(_ties_without(power=0.25), "optimizer"),
+    "curvature TIES, global threshold": Method(_ties_without(scope="global"), "optimizer"),
+    "curvature TIES, row and column sums": Method(merging.curvature_ties, "factored"),
     "UMTAM": Method(merging.umtam, "optimizer"),
     "UMTAM, trim by magnitude": Method(_published_without(trim="magnitude"), "optimizer"),
     "UMTAM, no vote": Method(_published_without(vote=False), "optimizer"),
     "UMTAM, no weights": Method(_published_without(weights=False), "optimizer"),
     "UMTAM, no floors": Method(_published_without(floors=False), "optimizer"),
 }
-"""The two merges with one step taken out or changed."""
+"""Three merges with one step taken out or changed."""
 
 
 def given(
@@ -253,9 +346,12 @@ def merged(
 
     whole: Params = {}
     for embeddings in (True, False):
-        own = {name: part(encoder, embeddings) for name, encoder in encoders.items()}
         step = merging.average() if embeddings else method.make(**setting)
-        whole |= _merge(step, own, part(base, embeddings), None)
+        own, estimates = (
+            {name: part(tree, embeddings) for name, tree in trees.items()}
+            for trees in (encoders, curvature or {})
+        )
+        whole |= _merge(step, own, part(base, embeddings), estimates or None)
     return whole
 
 

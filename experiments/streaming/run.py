@@ -43,10 +43,10 @@ from optax_moma import checkpoints
 METHODS: dict[str, tuple[Any, float]] = {
     "average": ("average", 1.3),
     "fisher": ("fisher", 1.3),
-    "moma untrimmed": ({"name": "moma", "density": 1.0}, 1.3),
+    "curvature_ties untrimmed": ({"name": "curvature_ties", "density": 1.0}, 2.0),
     "ota": ("ota", 2.0),
     "ties": ("ties", 2.0),
-    "moma": ("moma", 2.0),
+    "curvature_ties": ("curvature_ties", 2.0),
 }
 WITHOUT_BASE = ("average", "fisher")
 MERGED, COPY, COPY_AND_BASE = "merged", "copy", "copy, base too"

@@ -10,9 +10,9 @@ from optax_moma.merging._contract import Contract as Contract
 from optax_moma.merging._contract import Step as Step
 from optax_moma.merging._data_fisher import diagonal_fisher as diagonal_fisher
 from optax_moma.merging._diagonal import average as average
+from optax_moma.merging._diagonal import curvature_ties as curvature_ties
 from optax_moma.merging._diagonal import dare as dare
 from optax_moma.merging._diagonal import fisher as fisher
-from optax_moma.merging._diagonal import moma as moma
 from optax_moma.merging._diagonal import ota as ota
 from optax_moma.merging._diagonal import task_arithmetic as task_arithmetic
 from optax_moma.merging._diagonal import ties as ties
@@ -45,6 +45,7 @@ from optax_moma.merging._masks import pcb as pcb
 from optax_moma.merging._masks import sce as sce
 from optax_moma.merging._masks import select as select
 from optax_moma.merging._merge import merge as merge
+from optax_moma.merging._moma import moma as moma
 from optax_moma.merging._norm_aware import norm_aware as norm_aware
 from optax_moma.merging._search import Search as Search
 from optax_moma.merging._search import df_merge as df_merge

@@ -163,7 +163,7 @@ def ota(density: Number = 0.4, power: Number = 0.5) -> Chain:
     Needs a base and a curvature; takes any number of experts, with weights that are not negative.
     The authors find an absolute threshold per model by sweeping the density; here the density is
     given, per leaf. The curvatures are compared as they are, as the authors do by default: give
-    them one scale, or use ``moma``, which normalises them.
+    them one scale, or use ``curvature_ties``, which normalises them.
 
     Args:
       density: Share of entries kept in each expert, from 0 to 1.
@@ -192,8 +192,8 @@ def ota(density: Number = 0.4, power: Number = 0.5) -> Chain:
     )
 
 
-def moma(density: Number = 0.2, power: Number = 0.5, scale: Number = 1.0) -> Chain:
-    """Trims by saliency, then votes and averages by curvature: the merge we recommend.
+def curvature_ties(density: Number = 0.2, power: Number = 0.5, scale: Number = 1.0) -> Chain:
+    """TIES by curvature: trims by saliency, then votes and averages by curvature.
 
     m_t = [d_t**2 v_t**power >= its k-th largest, k = density * n], per leaf;
     h_t = w_t m_t (v_t / mean(v_t))**power, the mean over the leaf;
@@ -203,7 +203,8 @@ def moma(density: Number = 0.2, power: Number = 0.5, scale: Number = 1.0) -> Cha
     Needs a base and a curvature; takes any number of experts, with weights that are not negative.
     All leaves are merged, vectors too. Each expert's curvature is normalised leaf by leaf, so that
     its batch size, loss scale or number of steps does not matter. A leaf in which an expert's
-    curvature is all zero was never trained, and counts as unchanged.
+    curvature is all zero was never trained, and counts as unchanged. Entry by entry, so it is cheap
+    and any leaf will do; ``moma`` sees matrices as a whole, and merges better.
 
     Args:
       density: Share of entries kept in each expert, from 0 to 1.
@@ -218,10 +219,10 @@ def moma(density: Number = 0.2, power: Number = 0.5, scale: Number = 1.0) -> Cha
       ValueError: if a number is out of range.
 
     Example:
-      >>> from optax_moma.merging import merge, moma
+      >>> from optax_moma.merging import curvature_ties, merge
       >>> experts = [{"w": jnp.array([1., -1.])}, {"w": jnp.array([1., 2.])}]
       >>> curvature = [{"w": jnp.array([1., 9.])}, {"w": jnp.array([5., 5.])}]
-      >>> merge(moma(density=1.0), experts, base={"w": jnp.zeros(2)}, curvature=curvature)
+      >>> merge(curvature_ties(1.0), experts, base={"w": jnp.zeros(2)}, curvature=curvature)
       {'w': Array([1., 2.], dtype=float32)}
 
     Source: this library; its parts are those of ``ties``, ``ota`` and ``umtam``.
@@ -282,7 +283,7 @@ def umtam(density: Number = 0.2, *, axes: str = "mn") -> Chain:
     Needs a base and a curvature; takes any number of experts, with weights that are not negative.
     As published, all leaves but matrices stay at the base, there is no scale, and the floors are
     absolute: where row or column sums are below 1e-8, as with small gradients they are, the
-    curvature says nothing and the saliency is the magnitude. ``moma`` has none of these.
+    curvature says nothing and the saliency is the magnitude. ``curvature_ties`` has none of these.
 
     Args:
       density: Share of entries kept in each matrix of each expert, from 0 to 1.
@@ -305,4 +306,4 @@ def umtam(density: Number = 0.2, *, axes: str = "mn") -> Chain:
     Optimization" (arXiv 2512.17109), Algorithm 2 as in the authors' code.
     """
     check_number("density", density, 0, 1)
-    return chain(EachMatrix(Umtam(density), check_axes(axes), average=False))
+    return chain(EachMatrix(Umtam(density), check_axes(axes), rest=None))

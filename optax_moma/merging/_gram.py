@@ -39,7 +39,7 @@ class RegMean:
         grams = per_expert(say, x) * (self.ratio * grams + (1 - self.ratio) * diagonal)
         a = sum_experts(grams)
         b = sum_experts(jnp.einsum("kij,kjo->kio", grams, x, precision="highest"))
-        return combined(leaf, _ridge_solution(a, b, _steps.weighted_mean(leaf), self.ridge))
+        return combined(leaf, ridge_solution(a, b, _steps.weighted_mean(leaf), self.ridge))
 
 
 def regmean(ratio: Number = 0.95, ridge: Number = 1e-6) -> Chain:
@@ -105,7 +105,7 @@ class Wudi:
         b = sum_experts(jnp.einsum("kij,kjo->kio", gram, x, precision="highest"))
         start = sum_experts(x)
         if self.steps is None:
-            merged = _ridge_solution(a, b, start, self.ridge)
+            merged = ridge_solution(a, b, start, self.ridge)
         else:
             merged = _descent(
                 lambda y: 2 * (jnp.matmul(a, y, precision="highest") - b),
@@ -116,7 +116,7 @@ class Wudi:
         return combined(leaf, size * merged)
 
 
-def _ridge_solution(a: jax.Array, b: jax.Array, start: jax.Array, ridge: Number) -> jax.Array:
+def ridge_solution(a: jax.Array, b: jax.Array, start: jax.Array, ridge: Number) -> jax.Array:
     """Returns the X that minimises <X, a X> - 2 <X, b> + c |X - start|**2, c relative to a."""
     c = ridge * _metric.nonzero(jnp.trace(a)) / a.shape[0]
     lower = jax.scipy.linalg.cho_factor(a + c * jnp.eye(a.shape[0], dtype=a.dtype), lower=True)

@@ -45,7 +45,7 @@ def test_a_recipe_in_yaml_is_the_recipe_in_python(tmp_path):
         experts:
           math: {path: math, weight: 0.5, curvature: opt_state}
           code: code
-        method: {name: moma, density: 0.3}
+        method: {name: curvature_ties, density: 0.3}
         rules:
           - {match: ["**/bias", "**/scale"], method: average}
           - {match: "layers_*/**", values: {density: [0.2, 0.4]}}
@@ -56,7 +56,7 @@ def test_a_recipe_in_yaml_is_the_recipe_in_python(tmp_path):
     recipe = Recipe(
         base={"path": "base", "params": "params"},
         experts={"math": Expert(path="math", weight=0.5, curvature="opt_state"), "code": "code"},
-        method={"name": "moma", "density": 0.3},
+        method={"name": "curvature_ties", "density": 0.3},
         rules=[
             Rule(match=["**/bias", "**/scale"], method="average"),
             Rule(match="layers_*/**", values={"density": [0.2, 0.4]}),

@@ -169,7 +169,8 @@ class TestStacks:
         ("method", "rule"),
         [
             ("ties", {}),
-            ("moma", {"values": {"density": [0.1, 0.9]}}),
+            ("curvature_ties", {"values": {"density": [0.1, 0.9]}}),
+            ("moma", {"values": {"power": [0.0, 1.0]}}),
             ("tsv_m", {"values": {"scale": [0.0, 1.0]}, "weights": {"a": [1, 0]}}),
             ("fisher", {"method": "ota", "weights": {"b": [0.5, 0, 2]}}),
         ],

@@ -40,20 +40,79 @@ def test_each_ablation_changes_the_merge():
         method, (base, experts, curvature) = ABLATIONS[name], models
         if method.curvature == "factored":
             curvature = [merges.factored(v) for v in curvature]
-        return merge(method.make(density=0.5), experts, base=base, curvature=curvature)["w"]
+        (setting, *_) = method.settings()
+        step = method.make(**setting | ({"density": 0.5} if "density" in setting else {}))
+        return merge(step, experts, base=base, curvature=curvature)["w"]
 
     found = {name: merged_by(name) for name in ABLATIONS}
-    for name in ABLATIONS.keys() - {"moma", "UMTAM", "UMTAM, no floors", "moma, global threshold"}:
-        whole = "moma" if name.startswith("moma") else "UMTAM"
+    wholes = ("moma", "curvature TIES", "UMTAM")
+    # These differ where there are several leaves, embeddings, or floors that matter.
+    elsewhere = {
+        "curvature TIES, global threshold",
+        "moma, embeddings averaged",
+        "UMTAM, no floors",
+    }
+    for name in ABLATIONS.keys() - {*wholes, *elsewhere}:
+        whole = next(whole for whole in wholes if name.startswith(whole))
         assert not np.allclose(found[name], found[whole]), name
-    # A global threshold is another one where there are several leaves.
-    assert not np.allclose(merged_by("moma, global threshold", trees), merged_by("moma", trees))
+    names = ("curvature TIES, global threshold", "curvature TIES")
+    assert not np.allclose(*(merged_by(name, trees) for name in names))
     # Floors matter where curvature is as small as that of real gradients.
     base, experts, curvature = matrices
     tiny = base, experts, [{"w": v["w"] * 1e-9} for v in curvature]
     whole, without = (merged_by(name, tiny) for name in ("UMTAM", "UMTAM, no floors"))
     assert not np.allclose(whole, without)
     np.testing.assert_allclose(without, found["UMTAM, no floors"], rtol=1e-4)
+
+
+def sided(seed, side):
+    """A matrix merged by sides, and by its normal equations, one unknown an entry."""
+    base, experts, curvature = models(seed)
+    d, v = (
+        [np.asarray(tree["w"] - shift, np.float64) for tree in trees]
+        for trees, shift in ((experts, base["w"]), (curvature, 0))
+    )
+    left, right = 0, 0
+    for d_t, v_t in zip(d, v, strict=True):
+        G = d_t * np.sqrt(v_t)
+        A, B = G @ G.T / np.sum(G**2), G.T @ G / np.sum(G**2)
+        if side == "both":
+            A, B = (0.97 * x + 0.03 * np.diag(np.diag(x) + 1e-6 / len(x)) for x in (A, B))
+            A, B = A * len(A), B * len(B)
+        else:
+            B = np.eye(len(B))
+        left = left + np.kron(A, B)
+        right = right + np.kron(A, B) @ d_t.ravel()
+    if side == "inputs":
+        c = 1e-2 * 3 / len(A)
+        left, right = left + c * np.eye(len(left)), right + c * np.mean(d, axis=0).ravel()
+    merged = merge(
+        merging.chain(merges.Sides(side, steps=200)), experts, base=base, curvature=curvature
+    )
+    expected = base["w"] + np.linalg.solve(left, right).reshape(d[0].shape)
+    return merged, expected, np.mean([tree["b"] for tree in experts], axis=0)
+
+
+@pytest.mark.parametrize("side", ["inputs", "both"])
+def test_sides_solve_their_equations(side):
+    merged, matrix, vector = sided(2, side)
+    np.testing.assert_allclose(merged["w"], matrix, rtol=3e-3, atol=3e-3)
+    np.testing.assert_allclose(merged["b"], vector, rtol=1e-5, atol=1e-6)
+
+
+def test_embeddings_are_averaged_by_methods_for_layers():
+    rng = np.random.default_rng(0)
+    draw = lambda: {"words": rng.normal(size=(6, 4)), "w": rng.normal(size=(5, 4))}
+    base, one, two = (jax.tree.map(jnp.float32, draw()) for _ in range(3))
+    experts = {"a": Expert(one, {}, Statistics({}, {}, [])), "b": Expert(two, {}, None)}
+    curvature = dict.fromkeys("ab", jax.tree.map(jnp.square, base))
+    apart, whole = (
+        merges.merged(ABLATIONS[name], {}, experts, base, curvature)
+        for name in ("moma, embeddings averaged", "moma")
+    )
+    np.testing.assert_allclose(apart["words"], (one["words"] + two["words"]) / 2, atol=1e-6)
+    assert not np.allclose(apart["words"], whole["words"])
+    np.testing.assert_array_equal(apart["w"], whole["w"])
 
 
 def test_the_climb_stops_where_it_has_clearly_gone_down():

@@ -9,6 +9,7 @@ from optax_moma._moments import Factored
 from optax_moma.merging import (
     average,
     chain,
+    curvature_ties,
     dare,
     drop,
     elect,
@@ -16,7 +17,6 @@ from optax_moma.merging import (
     fusion_bench,
     mean,
     merge,
-    moma,
     ota,
     peft,
     scale,
@@ -103,7 +103,7 @@ def ota_delta(d, v, w, density=0.4, power=0.5):
     return ratio((say * d).sum(0), say.sum(0))
 
 
-def moma_delta(d, v, w, density=0.3, power=0.5, factor=0.7):
+def curvature_ties_delta(d, v, w, density=0.3, power=0.5, factor=0.7):
     axes = tuple(range(1, d.ndim))
     h = w * top(d**2 * v**power, density) * (v / v.mean(axes, keepdims=True)) ** power
     say = h * elected(h * d)
@@ -129,7 +129,7 @@ FORMULAS = {
     "ties": (ties(density=0.3, scale=0.8), ties_delta),
     "fisher": (fisher(), fisher_delta),
     "ota": (ota(density=0.4), ota_delta),
-    "moma": (moma(density=0.3, scale=0.7), moma_delta),
+    "curvature_ties": (curvature_ties(density=0.3, scale=0.7), curvature_ties_delta),
     "umtam": (umtam(), umtam_delta),
     "total_of_trimmed": (
         chain(trim(0.5), total(), scale(2.0)),
@@ -170,8 +170,8 @@ def test_without_a_base_parameters_are_averaged(method):
 
 @pytest.mark.parametrize(
     "method",
-    [ties(0.3), ota(0.4), moma(0.3), fisher(), chain(weigh(), mean())],
-    ids=["ties", "ota", "moma", "fisher", "weigh"],
+    [ties(0.3), ota(0.4), curvature_ties(0.3), fisher(), chain(weigh(), mean())],
+    ids=["ties", "ota", "curvature_ties", "fisher", "weigh"],
 )
 def test_factored_curvature_equals_the_same_curvature_dense(method):
     base, experts, _, _ = inputs(3)
@@ -249,7 +249,9 @@ def test_two_drops_of_a_chain_are_independent():
     assert abs(float(np.mean(merged["w"])) - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 20_000)
 
 
-@pytest.mark.parametrize("method", [ota(0.5), moma(0.5), fisher(), chain(weigh(), mean())])
+@pytest.mark.parametrize(
+    "method", [ota(0.5), curvature_ties(0.5), fisher(), chain(weigh(), mean())]
+)
 def test_a_leaf_without_curvature_stays_finite(method):
     base = {"used": np.zeros(4, np.float32), "unused": np.ones(3, np.float32)}
     experts = [

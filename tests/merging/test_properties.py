@@ -13,6 +13,7 @@ from optax_moma.merging import (
     breadcrumbs,
     chain,
     consensus,
+    curvature_ties,
     dare,
     della,
     doge,
@@ -51,7 +52,7 @@ METHODS = {
     "dare": dare(0.5),
     "fisher": fisher(),
     "ota": ota(0.6),
-    "moma": moma(0.4),
+    "curvature_ties": curvature_ties(0.4),
     "umtam": umtam(0.4),
     "global": chain(trim(0.4, by="saliency", scope="global"), elect(), mean()),
     "pcb": pcb(0.4),
@@ -65,6 +66,7 @@ WHOLE = {
     "karcher": karcher(),
     "model_stock": model_stock(),
     "wudi": wudi(),
+    "moma": moma(),
     "ace": ace(1e-2),
     "doge": doge(steps=3),
     "tsv_m": tsv_m(),
@@ -78,7 +80,8 @@ MEANS = {
     "ties": ties(1.0),
     "fisher": fisher(),
     "ota": ota(1.0),
-    "moma": moma(1.0),
+    "curvature_ties": curvature_ties(1.0),
+    "moma": moma(),
     "global": chain(trim(1.0, scope="global"), mean()),
     "karcher": karcher(),
     "model_stock": model_stock(),
@@ -192,15 +195,16 @@ def test_grams_times_a_number_change_nothing(seed, exponent):
     close(merge(regmean(), same, base=base, curvature=grams), experts["e9"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["fisher", "ota", "moma", "global"])
+@pytest.mark.parametrize("name", ["fisher", "ota", "curvature_ties", "moma", "global"])
 @quick
 @given(seed=seeds, exponent=st.integers(-60, 20))
 def test_curvature_times_a_number_changes_nothing(name, seed, exponent):
     base, experts, curvature = problem(seed)
     # A power of four has an exact root, so even ties between saliencies stay ties.
     scaled = jax.tree.map(lambda v: v * 4.0**exponent if v.dtype == jnp.float32 else v, curvature)
-    merged = merge(METHODS[name], experts, base=base, curvature=curvature)
-    close(merge(METHODS[name], experts, base=base, curvature=scaled), merged)
+    method = (METHODS | WHOLE)[name]
+    merged = merge(method, experts, base=base, curvature=curvature)
+    close(merge(method, experts, base=base, curvature=scaled), merged)
 
 
 @quick
@@ -216,7 +220,7 @@ def test_each_expert_has_its_own_scale_of_curvature(seed, factor):
     close(again, merged)
 
 
-@pytest.mark.parametrize("name", ["ties", "ota", "moma"])
+@pytest.mark.parametrize("name", ["ties", "ota", "curvature_ties"])
 @quick
 @given(seed=seeds)
 def test_density_one_without_conflict_is_the_mean(name, seed):
@@ -240,7 +244,8 @@ def test_density_one_without_conflict_is_the_mean(name, seed):
         task_arithmetic(0.0),
         ties(0.4, 0.0),
         dare(0.5, 0.0),
-        moma(0.4, 0.5, 0.0),
+        curvature_ties(0.4, 0.5, 0.0),
+        moma(0.0),
         pcb(0.4, 0.0),
         ace(scale=0.0),
         wudi(scale=0.0),
@@ -257,7 +262,7 @@ def test_scale_zero_is_the_base(method, seed, dtype):
 
 
 @pytest.mark.parametrize(
-    "method", [ties(0.0), dare(0.0), ota(0.0), moma(0.0), umtam(0.0), pcb(0.0)]
+    "method", [ties(0.0), dare(0.0), ota(0.0), curvature_ties(0.0), umtam(0.0), pcb(0.0)]
 )
 def test_density_zero_is_the_base(method):
     base, experts, curvature = problem(0)
@@ -269,8 +274,8 @@ def test_density_zero_is_the_base(method):
 @given(seed=seeds, factor=st.floats(-2, 2))
 def test_scale_is_linear(seed, factor):
     base, experts, curvature = problem(seed)
-    whole = merge(moma(0.4), experts, base=base, curvature=curvature)
-    part = merge(moma(0.4, scale=factor), experts, base=base, curvature=curvature)
+    whole = merge(curvature_ties(0.4), experts, base=base, curvature=curvature)
+    part = merge(curvature_ties(0.4, scale=factor), experts, base=base, curvature=curvature)
     line = jax.tree.map(
         lambda b, w: b + factor * (w - b) if w.dtype == jnp.float32 else w, base, whole
     )

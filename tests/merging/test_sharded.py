@@ -27,8 +27,8 @@ METHODS = {
     "breadcrumbs": merging.breadcrumbs(0.5),
     "fisher": merging.fisher(),
     "ota": merging.ota(),
-    "moma": merging.moma(),
-    "moma, power 0.3": merging.moma(power=0.3),
+    "curvature ties": merging.curvature_ties(),
+    "curvature ties, power 0.3": merging.curvature_ties(power=0.3),
     "umtam": merging.umtam(0.3),
     "sce": merging.sce(0.5),
     "pcb": merging.pcb(0.3),
@@ -39,6 +39,7 @@ METHODS = {
     "multislerp": merging.multislerp(),
     "model stock": merging.model_stock(),
     "wudi": merging.wudi(),
+    "moma": merging.moma(),
     "tsv": merging.tsv_m(),
     "iso": merging.iso_c(),
 }
@@ -50,6 +51,7 @@ EXPLICIT = (
     "global ties",
     "della",
     "fisher",
+    "curvature ties",
     "moma",
     "pcb",
     "model stock",
@@ -91,13 +93,13 @@ def test_bits_of_one_device(name, axis_type):
     method, experts, more = models(name, (40, 48))
     expected = np.asarray(om.merge(method, experts, **more)["w"])
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
-    for spec in SPECS if name == "moma" else SPECS[:1]:
+    for spec in SPECS if name == "curvature ties" else SPECS[:1]:
         found = merged_on_eight(mesh, spec, method, experts, more)
         assert found.sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
         assert np.asarray(found).tobytes() == expected.tobytes(), spec
 
 
-@pytest.mark.parametrize("name", ["fisher", "ota", "moma", "umtam"])
+@pytest.mark.parametrize("name", ["fisher", "ota", "curvature ties", "moma", "umtam"])
 def test_bits_of_one_device_with_factored_curvature(name):
     method, experts, more = models(name, (128, 136), factored=True)
     expected = np.asarray(om.merge(method, experts, **more)["w"])

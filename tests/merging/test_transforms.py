@@ -7,11 +7,11 @@ import pytest
 
 from optax_moma.merging import (
     chain,
+    curvature_ties,
     dare,
     elect,
     mean,
     merge,
-    moma,
     scale,
     task_arithmetic,
     ties,
@@ -39,7 +39,7 @@ def problem(seed=0, k=3):
 METHODS = [
     ties(0.3, 0.7),
     dare(0.4, 0.5),
-    moma(0.3, 0.5, 0.9),
+    curvature_ties(0.3, 0.5, 0.9),
     chain(trim(0.3, scope="global"), elect(), mean()),
 ]
 
@@ -58,11 +58,11 @@ def test_jit_of_the_whole_merge_equals_eager(method):
 
 def test_gradient_with_respect_to_scale_is_the_merged_task_vector():
     base, experts, curvature = problem(1)
-    whole = merge(moma(0.4, scale=1.0), experts, base=base, curvature=curvature)
+    whole = merge(curvature_ties(0.4, scale=1.0), experts, base=base, curvature=curvature)
     step = jax.tree.map(jnp.subtract, whole, base)
 
     def score(factor):
-        merged = merge(moma(0.4, scale=factor), experts, base=base, curvature=curvature)
+        merged = merge(curvature_ties(0.4, scale=factor), experts, base=base, curvature=curvature)
         return sum(jnp.sum(jnp.sin(merged[n])) for n in ("kernel", "bias"))
 
     expected = sum(jnp.sum(jnp.cos(base[n] + 0.3 * step[n]) * step[n]) for n in ("kernel", "bias"))
@@ -115,14 +115,14 @@ def test_nothing_is_compiled_again_when_only_numbers_change():
         return merge(method, experts, base=base, curvature=curvature, key=key)
 
     for density, factor in [(0.2, 1.0), (0.5, 0.3), (1.0, 0.0)]:
-        whole(moma(density, 0.5, factor), experts, base, curvature, None)
+        whole(curvature_ties(density, 0.5, factor), experts, base, curvature, None)
     assert len(traces) == 1
 
-    merge(moma(0.2), experts, base=base, curvature=curvature)
+    merge(curvature_ties(0.2), experts, base=base, curvature=curvature)
     compiled = merge_leaf._cache_size()
     for density, power, factor in [(0.3, 0.5, 1.0), (0.7, 1.0, 0.1)]:
         merge(
-            moma(density, power, factor),
+            curvature_ties(density, power, factor),
             experts,
             base=base,
             curvature=curvature,

@@ -16,7 +16,7 @@ METHODS = {
     "ties": merging.ties(0.4),
     "dare": merging.dare(),
     "sce": merging.sce(0.3),
-    "moma": merging.moma(0.5),
+    "curvature_ties": merging.curvature_ties(0.5),
     "umtam": merging.umtam(),
 }
 SHAPES = [((), 2), ((1, 3), 1), ((3, 1), 2), ((2, 2), 2), ((16, 40), 3)]

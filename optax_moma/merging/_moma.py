@@ -1,0 +1,102 @@
+"""The merge that we recommend: least squares in a metric that the optimizer has measured.
+
+An optimizer divides gradients by the root of their second moments. So a step, times that root, is
+a sum of gradients again; and a task vector is the sum of an expert's steps. The Gram of its columns
+tells which combinations of a layer's outputs the loss pulled at, as the Gram of a layer's inputs
+tells which inputs it saw, and no data are needed for it.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from optax_moma.merging import _metric, _steps
+from optax_moma.merging._contract import Contract, check_number
+from optax_moma.merging._gram import ridge_solution
+from optax_moma.merging._leaf import TaskVectors, combined, heard, per_expert, sum_experts
+from optax_moma.merging._matrices import EachMatrix, check_axes
+from optax_moma.merging._steps import Chain, Number, chain
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class OutputMetric:
+    """See ``moma``: the merge of one matrix."""
+
+    power: Number
+    ridge: Number
+
+    contract = Contract(base=True, curvature=True, nonnegative_weights=True, combines=True)
+
+    def __call__(self, leaf: TaskVectors) -> TaskVectors:
+        """Combines the task vectors of a matrix."""
+        assert leaf.curvature is not None
+        d, w = heard(leaf)
+        size = _metric.nonzero(jnp.max(jnp.abs(d), axis=(1, 2), keepdims=True))
+        gamma = (d / size) * _metric.relative_power(leaf.curvature, self.power, d.dtype)
+        norm = jnp.sum(gamma**2, axis=(1, 2))
+        w = jnp.where(norm == 0, 0, w)
+        gamma = gamma * per_expert(jnp.sqrt(w / _metric.nonzero(norm)), d)
+
+        B, dB = [], []
+        for d_t, gamma_t in zip(d, gamma, strict=True):
+            B.append(jnp.matmul(gamma_t.T, gamma_t, precision="highest"))
+            dB.append(jnp.matmul(d_t, B[-1], precision="highest"))
+        mean = sum_experts(per_expert(w, d) * d) / _metric.nonzero(jnp.sum(w))
+        W = ridge_solution(sum(B[1:], B[0]), sum(dB[1:], dB[0]).T, mean.T, self.ridge).T
+        return combined(leaf, W)
+
+
+def moma(
+    scale: Number = 1.0, *, power: Number = 0.5, ridge: Number = 1e-2, axes: str = "mn"
+) -> Chain:
+    """Moves each combination of outputs as those experts do that were trained along it.
+
+    For each matrix, (fan-in m, fan-out n), with v_t the curvature over its mean and all products
+    but those of matrices entrywise:
+    G_t = d_t v_t**power, the gradients that the expert has added up;
+    B_t = w_t G_t^T G_t / |G_t|**2, (n, n), the metric of its outputs; B = sum_t B_t;
+    W minimises sum_t tr((W - d_t) B_t (W - d_t)^T) + c |W - mean_t d_t|**2, c = ridge * tr(B) / n:
+    W = (sum_t d_t B_t + c mean_t d_t) (B + c I)^-1; merged = base + scale * W.
+
+    All other leaves are averaged. Experts that agree are left as they are; where they were trained
+    along different outputs, each has its own way. Each expert's curvature is normalised, so that
+    its batch size, loss scale or number of steps does not matter; an expert that did not change a
+    matrix, or whose curvature of it is all zero, has no say in it.
+
+    Needs a base and a curvature; takes any number of experts, with weights that are not negative.
+    Per matrix, k products of n x n and one Cholesky factorisation of that size. Entry by entry, and
+    so many times as fast on a CPU, is ``curvature_ties``.
+
+    Args:
+      scale: The factor of the merged task vector.
+      power: Exponent of the curvature, at least 0. 1/2 undoes what an Adam-like optimizer divided
+        gradients by; 0 takes no notice of the curvature.
+      ridge: How much the solution is drawn to the mean, at least 0, relative to the mean eigenvalue
+        of B; it decides along outputs that no expert was trained along.
+      axes: Which leaves are matrices, as in ``tsv_m``.
+
+    Returns:
+      A method for ``merge``.
+
+    Raises:
+      ValueError: if a number is out of range, or ``axes`` name no matrices.
+
+    Example:
+      >>> from optax_moma.merging import merge, moma
+      >>> one, two = jnp.array([[2., 0.], [2., 0.]]), jnp.array([[0., 0.], [0., 4.]])
+      >>> curvature = [{"w": jnp.ones((2, 2))}] * 2
+      >>> base = {"w": jnp.zeros((2, 2))}
+      >>> merge(moma(), [{"w": one}, {"w": two}], base=base, curvature=curvature)["w"].round(1)
+      Array([[2., 0.],
+             [2., 4.]], dtype=float32)
+
+    Source: this library. The least squares are those of RegMean (arXiv 2212.09849), Grams from task
+    vectors those of WUDI (arXiv 2503.08099), here of the outputs, and of gradients; the metric is a
+    factor of K-FAC's (arXiv 1503.05671). ``experiments/glue`` compares it with the others.
+    """
+    check_number("power", power, 0)
+    check_number("ridge", ridge, 0)
+    step = EachMatrix(OutputMetric(power, ridge), check_axes(axes))
+    return chain(step, _steps.scale(scale))
