@@ -39,12 +39,14 @@ class OutputMetric:
         w = jnp.where(norm == 0, 0, w)
         gamma = gamma * per_expert(jnp.sqrt(w / _metric.nonzero(norm)), d)
 
-        B, dB = [], []
+        mean = sum_experts(per_expert(w, d) * d) / _metric.nonzero(jnp.sum(w))
+        # From the mean, so that experts that agree are left as they are to the last bit.
+        B, apart = [], []
         for d_t, gamma_t in zip(d, gamma, strict=True):
             B.append(jnp.matmul(gamma_t.T, gamma_t, precision="highest"))
-            dB.append(jnp.matmul(d_t, B[-1], precision="highest"))
-        mean = sum_experts(per_expert(w, d) * d) / _metric.nonzero(jnp.sum(w))
-        W = ridge_solution(sum(B[1:], B[0]), sum(dB[1:], dB[0]).T, mean.T, self.ridge).T
+            apart.append(jnp.matmul(d_t - mean, B[-1], precision="highest"))
+        zero = jnp.zeros((), d.dtype)
+        W = mean + ridge_solution(sum(B[1:], B[0]), sum(apart[1:], apart[0]).T, zero, self.ridge).T
         return combined(leaf, W)
 
 
@@ -58,7 +60,7 @@ def moma(
     G_t = d_t v_t**power, the gradients that the expert has added up;
     B_t = w_t G_t^T G_t / |G_t|**2, (n, n), the metric of its outputs; B = sum_t B_t;
     W minimises sum_t tr((W - d_t) B_t (W - d_t)^T) + c |W - mean_t d_t|**2, c = ridge * tr(B) / n:
-    W = (sum_t d_t B_t + c mean_t d_t) (B + c I)^-1; merged = base + scale * W.
+    W = mean_t d_t + sum_t (d_t - mean_t d_t) B_t (B + c I)^-1; merged = base + scale * W.
 
     All other leaves are averaged. Experts that agree are left as they are; where they were trained
     along different outputs, each has its own way. Each expert's curvature is normalised, so that
