@@ -22,7 +22,7 @@ from .experts import Expert
 from .saliency import factored
 
 DENSITIES = (0.1, 0.2, 0.5, 1.0)
-SCALES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
+SCALES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 4.0, 6.0)
 Curvature = Literal["none", "optimizer", "factored", "fisher", "grams"]
 """Which curvature a method is given: what the optimizer holds (factored for moma and umtam, dense
 for AdamW), its row and column sums only, or the exact Fisher or the Grams of all inputs, which need
