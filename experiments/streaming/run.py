@@ -39,14 +39,15 @@ from rich.table import Table
 import optax_moma as om
 from optax_moma import checkpoints
 
-# The bar for the time, as a multiple of the copy's: methods that only weigh, and those that trim.
-METHODS: dict[str, tuple[Any, float]] = {
+# The bar for the time, as a multiple of the copy's: methods that only weigh, and those that trim;
+# none for one that multiplies matrices.
+METHODS: dict[str, tuple[Any, float | None]] = {
     "average": ("average", 1.3),
     "fisher": ("fisher", 1.3),
-    "curvature_ties untrimmed": ({"name": "curvature_ties", "density": 1.0}, 2.0),
     "ota": ("ota", 2.0),
     "ties": ("ties", 2.0),
     "curvature_ties": ("curvature_ties", 2.0),
+    "moma": ("moma", None),
 }
 WITHOUT_BASE = ("average", "fisher")
 MERGED, COPY, COPY_AND_BASE = "merged", "copy", "copy, base too"
@@ -341,7 +342,7 @@ def show(rows: list[dict[str, Any]], layers: int, label: str) -> None:
             f"{float(row['seconds']):.2f}",
             row["compile_seconds"],
             f"{float(row['seconds_ratio']):.2f} ({float(row['seconds_ratio_with_base']):.2f})",
-            f"{METHODS[name][1]}" if name in METHODS else "",
+            f"{METHODS[name][1] or ''}" if name in METHODS else "",
             f"{float(row['cpu']):.2f}",
             f"{float(row['cpu_ratio']):.2f} ({float(row['cpu_ratio_with_base']):.2f})",
             row["peak_mb"],

@@ -54,6 +54,7 @@ from optax_moma.merging._sequential import Sequential as Sequential
 from optax_moma.merging._sequential import opcm as opcm
 from optax_moma.merging._sequential import perturb_and_merge as perturb_and_merge
 from optax_moma.merging._sequential import running_mean as running_mean
+from optax_moma.merging._sequential import running_moma as running_moma
 from optax_moma.merging._spectral import iso_c as iso_c
 from optax_moma.merging._spectral import iso_cts as iso_cts
 from optax_moma.merging._spectral import knots as knots

@@ -104,14 +104,14 @@ def per_expert(numbers: jax.Array, delta: jax.Array) -> jax.Array:
     return jnp.expand_dims(numbers, tuple(range(1, delta.ndim)))
 
 
-def sum_experts(x: jax.Array) -> jax.Array:
-    """Returns the sum over the first axis, term by term.
+def sum_experts(x: jax.Array | Sequence[jax.Array]) -> jax.Array:
+    """Returns the sum over the first axis, or of a list, term by term.
 
     XLA fuses a stack into ``jnp.sum(x, axis=0)`` in a way that takes a thousand times as long on a
     CPU; and this order of additions is the same on every device.
     """
     total = x[0]
-    for t in range(1, x.shape[0]):
+    for t in range(1, len(x)):
         total = total + x[t]
     return total
 

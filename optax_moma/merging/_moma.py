@@ -33,21 +33,33 @@ class OutputMetric:
         """Combines the task vectors of a matrix."""
         assert leaf.curvature is not None
         d, w = heard(leaf)
-        size = _metric.nonzero(jnp.max(jnp.abs(d), axis=(1, 2), keepdims=True))
-        gamma = (d / size) * _metric.relative_power(leaf.curvature, self.power, d.dtype)
-        norm = jnp.sum(gamma**2, axis=(1, 2))
-        w = jnp.where(norm == 0, 0, w)
-        gamma = gamma * per_expert(jnp.sqrt(w / _metric.nonzero(norm)), d)
-
+        v = _metric.relative_power(leaf.curvature, self.power, d.dtype)
+        metrics, moved = zip(*map(output_metric, d, v), strict=True)
+        w = jnp.where(jnp.stack(moved), w, 0)
         mean = sum_experts(per_expert(w, d) * d) / _metric.nonzero(jnp.sum(w))
         # From the mean, so that experts that agree are left as they are to the last bit.
-        B, apart = [], []
-        for d_t, gamma_t in zip(d, gamma, strict=True):
-            B.append(jnp.matmul(gamma_t.T, gamma_t, precision="highest"))
-            apart.append(jnp.matmul(d_t - mean, B[-1], precision="highest"))
-        zero = jnp.zeros((), d.dtype)
-        W = mean + ridge_solution(sum(B[1:], B[0]), sum(apart[1:], apart[0]).T, zero, self.ridge).T
+        B = sum_experts([w_t * B_t for w_t, B_t in zip(w, metrics, strict=True)])
+        apart = [
+            _product(d_t - mean, w_t * B_t) for d_t, w_t, B_t in zip(d, w, metrics, strict=True)
+        ]
+        W = mean + solved(sum_experts(apart), B, self.ridge)
         return combined(leaf, W)
+
+
+def output_metric(d: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns B = G^T G / |G|**2, G = d v, and whether there is any G."""
+    G = d / _metric.nonzero(jnp.max(jnp.abs(d))) * v
+    norm = jnp.sum(G**2)
+    return _product(G.T, G) / _metric.nonzero(norm), norm > 0
+
+
+def solved(right: jax.Array, B: jax.Array, ridge: Number) -> jax.Array:
+    """Returns right (B + c I)^-1, c = ridge * tr(B) / n."""
+    return ridge_solution(B, right.T, jnp.zeros((), B.dtype), ridge).T
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision="highest")
 
 
 def moma(

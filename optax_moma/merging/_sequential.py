@@ -5,6 +5,7 @@ task vector after expert t: params = base + D_t. All is kept in float32, for flo
 float64.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -18,6 +19,7 @@ from optax_moma.merging._contract import Contract, check_number
 from optax_moma.merging._inputs import checked_inputs, is_float
 from optax_moma.merging._leaf import Curvature
 from optax_moma.merging._matrices import check_axes, gathered, layout_of
+from optax_moma.merging._moma import output_metric, solved
 from optax_moma.merging._steps import Number
 from optax_moma.merging._trees import Tree, each_float, moved, wide
 
@@ -159,8 +161,132 @@ def _mixed(
         share = jnp.where(total == 0, equal, new * say / _metric.nonzero(total))
         return delta + share * (new_one.delta - delta), total
 
-    delta, weight = _pair(one, state.base, state.delta, state.weight, arrival)
+    delta, weight = _parts(2, one, state.base, state.delta, state.weight, arrival)
     return RunningMean(state.base, delta, weight, seen)
+
+
+class RunningMoma(NamedTuple):
+    """The state of ``running_moma``.
+
+    Attributes:
+      base: The base.
+      mean: The mean of the task vectors.
+      metric: B_t of matrices (stack, n, n), or zero.
+      pull: P_t of matrices (stack, m, n), or zero.
+      heard: How many experts had a say, by matrix of a stack; a number for other leaves.
+    """
+
+    base: Tree
+    mean: Tree
+    metric: Tree
+    pull: Tree
+    heard: Tree
+
+
+def running_moma(
+    scale: Number = 1.0, *, power: Number = 0.5, ridge: Number = 1e-2, axes: str = "mn"
+) -> Sequential:
+    """Merges experts as they come by ``moma``: after any number of them, it is that merge.
+
+    With G_t = d_t v_t**power and m_t = mean_{s <= t} d_s, for each matrix:
+    B_t = B_{t-1} + G_t^T G_t / |G_t|**2; P_t = P_{t-1} + d_t G_t^T G_t / |G_t|**2;
+    D_t = scale * (m_t + (P_t - m_t B_t) (B_t + c I)^-1), c = ridge * tr(B_t) / n.
+
+    Needs a curvature. All experts have the same weight.
+
+    Args:
+      scale: The factor of the merged task vector.
+      power: Exponent of the curvature, at least 0.
+      ridge: How much the solution is drawn to the mean, at least 0; see ``moma``.
+      axes: Which leaves are matrices, as in ``tsv_m``.
+
+    Returns:
+      A ``Sequential`` merge. Its state has the size of three models, and of an n x n metric for
+      each matrix (m, n).
+
+    Raises:
+      ValueError: if a number is out of range, or ``axes`` name no matrices.
+
+    Example:
+      >>> from optax_moma.merging import running_moma
+      >>> method, v = running_moma(), {"w": jnp.ones((2, 2))}
+      >>> state = method.init({"w": jnp.zeros((2, 2))})
+      >>> for rows in ([[2., 0.], [2., 0.]], [[0., 0.], [0., 4.]]):
+      ...     state = method.update(state, {"w": jnp.array(rows)}, v)
+      >>> method.params(state)["w"].round(1)
+      Array([[2., 0.],
+             [2., 4.]], dtype=float32)
+
+    Source: this library; see ``moma``.
+    """
+    check_number("power", power, 0)
+    check_number("ridge", ridge, 0)
+    check_axes(axes)
+
+    def init(base: Tree) -> RunningMoma:
+        def zeros(b: jax.Array) -> tuple[jax.Array, ...]:
+            layout, dtype = layout_of(axes, jnp.shape(b)), wide(b).dtype
+            *stack, m, n = (0, 0, 0) if layout is None else layout.matrix_shape
+            count = math.prod(stack)
+            shapes = ((), (), ()) if layout is None else ((count, n, n), (count, m, n), (count,))
+            return tuple(jnp.zeros(shape, dtype) for shape in shapes)
+
+        return RunningMoma(_arrays(base), _zeros(base), *_parts(3, zeros, base))
+
+    def update(state: RunningMoma, expert: Tree, curvature: Tree | None = None) -> RunningMoma:
+        return _added(state, _arrival(state.base, expert, curvature, curved=True), power, axes)
+
+    def params(state: RunningMoma) -> Tree:
+        return moved(state.base, _solved(state, scale, ridge, axes))
+
+    return Sequential(init, update, params)
+
+
+@partial(jax.jit, static_argnames="axes")
+def _added(state: RunningMoma, arrival: Tree, power: Number, axes: str) -> RunningMoma:
+    def one(
+        _: jax.Array, mean: Any, metric: Any, pull: Any, heard: Any, new: _Arrival
+    ) -> tuple[jax.Array, ...]:
+        assert new.curvature is not None
+        if heard.ndim == 0:
+            return mean + (new.delta - mean) / (heard + 1), metric, pull, heard + 1
+        v = _metric.relative_power([new.curvature], power, mean.dtype)[0]
+        m, d, v = (_matrices(x, axes) for x in (mean, new.delta, v))
+        B, moved = jax.lax.map(lambda pair: output_metric(*pair), (d, v))
+        heard = heard + moved
+        share = jnp.where(moved, 1 / _metric.nonzero(heard), 0)
+        mean = _back(m + share[:, None, None] * (d - m), mean, axes)
+        return mean, metric + B, pull + jnp.matmul(d, B, precision="highest"), heard
+
+    fields = (state.mean, state.metric, state.pull, state.heard)
+    return RunningMoma(state.base, *_parts(4, one, state.base, *fields, arrival))
+
+
+@partial(jax.jit, static_argnames="axes")
+def _solved(state: RunningMoma, scale: Number, ridge: Number, axes: str) -> Tree:
+    def one(_: jax.Array, mean: Any, metric: Any, pull: Any, heard: Any) -> jax.Array:
+        if heard.ndim == 0:
+            return scale * mean
+        m = _matrices(mean, axes)
+        apart = pull - jnp.matmul(m, metric, precision="highest")
+        ways = jax.lax.map(lambda pair: solved(*pair, ridge), (apart, metric))
+        return scale * _back(m + ways, mean, axes)
+
+    return each_float(one, state.base, state.mean, state.metric, state.pull, state.heard)
+
+
+def _matrices(x: jax.Array, axes: str) -> jax.Array:
+    """Returns the matrices of a leaf, (stack, m, n)."""
+    layout = layout_of(axes, x.shape)
+    assert layout is not None
+    return layout.to_matrix(gathered(x)).reshape(-1, *layout.matrix_shape[-2:])
+
+
+def _back(matrices: jax.Array, like: jax.Array, axes: str) -> jax.Array:
+    """Returns the leaf whose matrices these are."""
+    layout = layout_of(axes, like.shape)
+    assert layout is not None
+    return layout.from_matrix(matrices.reshape(layout.matrix_shape), like)
 
 
 class Opcm(NamedTuple):
@@ -236,15 +362,13 @@ def opcm(alpha: Number = 0.5, *, axes: str = "mn") -> Sequential:
 @partial(jax.jit, static_argnames="axes")
 def _projected(state: Opcm, arrival: Tree, alpha: Number, axes: str) -> Opcm:
     def one(_: jax.Array, total: jax.Array, new: _Arrival) -> tuple[jax.Array, jax.Array]:
-        layout = layout_of(axes, total.shape)
-        if layout is None or not total.size:
+        if layout_of(axes, total.shape) is None or not total.size:
             return total + new.delta, new.delta
-        shape = (-1, *layout.matrix_shape[-2:])
-        pairs = tuple(layout.to_matrix(gathered(x)).reshape(shape) for x in (total, new.delta))
+        pairs = tuple(_matrices(x, axes) for x in (total, new.delta))
         rest = jax.lax.map(lambda pair: _orthogonal(pair[0], pair[1], alpha), pairs)
-        return total + layout.from_matrix(rest.reshape(layout.matrix_shape), total), new.delta
+        return total + _back(rest, total, axes), new.delta
 
-    total, delta = _pair(one, state.base, state.total, arrival)
+    total, delta = _parts(2, one, state.base, state.total, arrival)
     seen = state.seen + 1
     norm = state.norm + (optax.tree.norm(delta) - state.norm) / seen
     scale = _metric.nonzero(optax.tree.norm(total) / _metric.nonzero(norm))
@@ -331,7 +455,7 @@ def _nearest(state: PerturbAndMerge, arrival: Tree) -> PerturbAndMerge:
         row, col = _metric.factors(new.curvature, pull.dtype)
         return curvature + row * col, pull + row * col * new.delta
 
-    curvature, pull = _pair(one, state.base, state.curvature, state.pull, arrival)
+    curvature, pull = _parts(2, one, state.base, state.curvature, state.pull, arrival)
     step = each_float(lambda _, d, new: new.delta - d, state.base, state.delta, arrival)
     seen = state.seen + 1
     # The ratio does not change with the units of curvature and steps; small ones would underflow.
@@ -377,9 +501,9 @@ def _zeros(base: Tree) -> Tree:
     return each_float(lambda b: jnp.zeros_like(wide(b)), base)
 
 
-def _pair(f: Callable[..., Any], base: Tree, *trees: Tree) -> tuple[Tree, Tree]:
-    """As ``each_float``, for a function that returns two things."""
-    pairs = each_float(f, base, *trees, other=lambda _: (optax.MaskedNode(),) * 2)
+def _parts(count: int, f: Callable[..., Any], base: Tree, *trees: Tree) -> tuple[Tree, ...]:
+    """As ``each_float``, for a function that returns several things."""
+    found = each_float(f, base, *trees, other=lambda _: (optax.MaskedNode(),) * count)
     treedef = jax.tree.structure(base)
-    rows = treedef.flatten_up_to(pairs)
-    return treedef.unflatten([a for a, _ in rows]), treedef.unflatten([b for _, b in rows])
+    rows = treedef.flatten_up_to(found)
+    return tuple(treedef.unflatten([row[i] for row in rows]) for i in range(count))

@@ -11,9 +11,11 @@ from optax_moma.merging import (
     average,
     fisher,
     merge,
+    moma,
     opcm,
     perturb_and_merge,
     running_mean,
+    running_moma,
     tsv_m,
 )
 
@@ -25,6 +27,7 @@ ALL = {
     "cmm": running_mean(),
     "cmm_mixing": running_mean(0.4),
     "cmm_normalized": running_mean(normalize=True),
+    "moma": running_moma(),
     "opcm": opcm(),
     "perturb_and_merge": perturb_and_merge(),
 }
@@ -62,6 +65,19 @@ def wide(x):
 
 def deltas(base, experts, name):
     return [wide(e[name]) - wide(base[name]) for e in experts]
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 12])
+@pytest.mark.parametrize("axes", ["mn", "bmn"])
+def test_a_running_moma_is_the_merge_at_once(tasks, axes):
+    base, experts, curvature = problem(tasks, shape=(M, N) if axes == "mn" else (3, M, N))
+    if tasks > 2:  # One did not move a matrix, another has no curvature there.
+        experts[1]["w"], curvature[2]["w"] = base["w"], 0 * base["w"]
+    numbers = {"scale": 0.7, "power": 0.4, "ridge": 0.05, "axes": axes}
+    merged = run(running_moma(**numbers), base, experts, curvature)
+    at_once = merge(moma(**numbers), experts, base=base, curvature=curvature)
+    check(merged, at_once)
+    assert not np.allclose(at_once["w"], merge(average(), experts, base=base)["w"], atol=1e-3)
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 12])
@@ -337,3 +353,9 @@ def test_arguments_are_checked():
     with pytest.raises(TypeError, match="must be a merge method"):
         merge(running_mean(), [jnp.ones(2)])
     assert not hasattr(tsv_m(), "update")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_of_nothing(name):
+    state = ALL[name].init({})
+    assert ALL[name].params(ALL[name].update(state, {}, {})) == {}
