@@ -5,6 +5,7 @@
 | CMM | curvature, running | the merge so far | mixing rate, or 1/t |
 | running average | equal weights | the merge so far | mixing rate, or 1/t |
 | independent average | equal weights, 1/t | the base | none |
+| moma | outputs' metrics, running | the base, or the merge so far | scale |
 | OPCM | projection | the base | alpha |
 | Perturb-and-Merge (its merge) | one step, least loss | the merge so far | none |
 | sequential | the newest alone | the newest | none |
@@ -17,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_moma.merging import Sequential, opcm, perturb_and_merge, running_mean
+from optax_moma.merging import Sequential, opcm, perturb_and_merge, running_mean, running_moma
 
 Tree = Any
 Correction = Literal["previous", "finetuned", "ridge"]
@@ -73,6 +74,7 @@ def elastic() -> Sequential:
 
 MIXING = (None, 0.3, 0.45, 0.6)
 """None is 1/t, all tasks alike; the others span what CMM's authors tried."""
+SCALES = (0.5, 0.7, 1.0, 1.4)
 STRENGTHS = (1e0, 1e2, 1e4, 1e6)
 CORRECTIONS = (1e-5, 1e-4, 1e-3, 1e-2)
 """Learning rates of a correction."""
@@ -95,6 +97,8 @@ METHODS: Mapping[str, Method] = {
     "running average": Method(_mean, MIXING),
     "running average, linear": Method(_mean, MIXING, linear=True),
     "independent average": Method(_mean, start="base"),
+    "moma": Method(running_moma, SCALES, start="base"),
+    "moma, from the merge": Method(running_moma, SCALES),
     "OPCM": Method(opcm, (0.25, 0.5, 0.75, 1.0), start="base"),
     "Perturb-and-Merge": Method(lambda _: perturb_and_merge()),
     "sequential": Method(lambda _: running_mean(1.0, power=0)),
