@@ -4,9 +4,10 @@ import csv
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
+import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -43,6 +44,23 @@ def write_report(results: Path, page: Path, blocks: Mapping[str, Block]) -> None
         else:
             text = f"{text.rstrip()}\n\n## {title}\n\n{framed}\n"
     page.write_text(text, "utf-8")
+
+
+def add_report(app: typer.Typer, study: Path, blocks: Mapping[str, Block]) -> None:
+    """Gives a study's command line the command ``report``."""
+
+    @app.command()
+    def report(
+        results: Annotated[
+            Path, typer.Option(file_okay=False, help="Folder of the CSV files.")
+        ] = study / "results",
+        page: Annotated[
+            Path, typer.Option(dir_okay=False, help="The page whose tables are filled.")
+        ] = study / "RESULTS.md",
+    ) -> None:
+        """Draws the figures and fills the tables of RESULTS.md from the CSV files."""
+        write_report(results, page, blocks)
+        typer.echo(f"{page}: {len(blocks)} tables")
 
 
 def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

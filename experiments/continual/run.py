@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 
-from experiments.pages import write_report
+from experiments.pages import add_report
 from experiments.records import Records, machine
 
 from . import stages, worlds
@@ -69,14 +69,7 @@ def cost(
     stages.console.print(shown)
 
 
-@app.command()
-def report(
-    results: Results = HERE / "results",
-    page: Annotated[Path, typer.Option(dir_okay=False)] = HERE / "RESULTS.md",
-) -> None:
-    """Draws the figures and fills the tables of RESULTS.md from the CSV files."""
-    write_report(results, page, BLOCKS)
-    typer.echo(f"{page}: {len(BLOCKS)} tables")
+add_report(app, HERE, BLOCKS)
 
 
 if __name__ == "__main__":

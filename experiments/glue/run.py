@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from experiments.pages import write_report
+from experiments.pages import add_report
 
 from . import stages
 from .experts import open_study
@@ -41,8 +41,7 @@ Results = Annotated[
     typer.Option(file_okay=False, envvar="OPTAX_MOMA_RESULTS", help="Folder of the CSV files."),
 ]
 
-HERE = Path(__file__).parent / "results"
-Page = Annotated[Path, typer.Option(dir_okay=False, help="The page whose tables are filled.")]
+HERE = Path(__file__).parent
 ALL, BOTH, FIRST, SIZES, NONE = list(KINDS), ["moma", "adamw"], [0], [8, 4, 2], []
 
 
@@ -51,7 +50,7 @@ def train(
     task: Tasks = ALL,
     optimizer: Optimizers = BOTH,
     seed: Seeds = FIRST,
-    results: Results = HERE,
+    results: Results = HERE / "results",
 ) -> None:
     """Chooses each optimizer's learning rate on dev and trains the experts, seed by seed."""
     opened = open_study(ALL, Sizes(), results)
@@ -62,7 +61,10 @@ def train(
 
 @app.command()
 def fisher(
-    task: Tasks = ALL, optimizer: Optimizers = BOTH, seed: Seeds = FIRST, results: Results = HERE
+    task: Tasks = ALL,
+    optimizer: Optimizers = BOTH,
+    seed: Seeds = FIRST,
+    results: Results = HERE / "results",
 ) -> None:
     """Computes the exact Fisher of each expert from examples, with time and bytes."""
     opened = open_study(ALL, Sizes(), results)
@@ -76,7 +78,7 @@ def select(
     optimizer: Optimizers = BOTH,
     seed: Seeds = FIRST,
     split: Annotated[Literal["dev", "test"], typer.Option()] = "dev",
-    results: Results = HERE,
+    results: Results = HERE / "results",
 ) -> None:
     """Keeps the top 1 to 90 % of each task vector by every score."""
     opened = open_study(ALL, Sizes(), results)
@@ -91,7 +93,7 @@ def merge(
     method: Annotated[list[str], typer.Option(help="Names of the table; all by default.")] = NONE,
     size: Annotated[list[int], typer.Option(help="How many experts: 2, 4 or 8.")] = SIZES,
     split: Split = "held",
-    results: Results = HERE,
+    results: Results = HERE / "results",
 ) -> None:
     """Merges by every method, tuned on one half of dev; reports on the other half or on test."""
     chosen = named(METHODS, method)
@@ -106,7 +108,7 @@ def ablate(
     optimizer: Optimizers = BOTH,
     seed: Seeds = FIRST,
     split: Split = "held",
-    results: Results = HERE,
+    results: Results = HERE / "results",
 ) -> None:
     """The same with one step of the merges of moma and umtam taken out, on all eight experts."""
     opened = open_study(ALL, Sizes(), results)
@@ -116,7 +118,10 @@ def ablate(
 
 @app.command()
 def statistics(
-    task: Tasks = ALL, optimizer: Optimizers = BOTH, seed: Seeds = FIRST, results: Results = HERE
+    task: Tasks = ALL,
+    optimizer: Optimizers = BOTH,
+    seed: Seeds = FIRST,
+    results: Results = HERE / "results",
 ) -> None:
     """Correlates every estimate with the exact Fisher; overlap, conflict, barrier of all pairs."""
     opened = open_study(ALL, Sizes(), results)
@@ -125,11 +130,7 @@ def statistics(
         stages.pairs(opened, task, name, number)
 
 
-@app.command()
-def report(results: Results = HERE, page: Page = HERE.parent / "RESULTS.md") -> None:
-    """Draws the figures and fills the tables of RESULTS.md from the CSV files."""
-    write_report(results, page, BLOCKS)
-    typer.echo(f"{page}: {len(BLOCKS)} tables")
+add_report(app, HERE, BLOCKS)
 
 
 def named(table: Mapping[str, Method], names: list[str]) -> dict[str, Method]:

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import jax
 import typer
 
-from experiments.pages import write_report
+from experiments.pages import add_report
 from experiments.records import Records
 from optax_moma.demo.files import default_cache
 
@@ -69,14 +69,7 @@ def text(
     training.study(texts.load(task, default_cache()), records, variant)
 
 
-@app.command()
-def report(
-    results: Results = HERE / "results",
-    page: Annotated[Path, typer.Option(dir_okay=False)] = HERE / "RESULTS.md",
-) -> None:
-    """Draws the figures and fills the tables of RESULTS.md from the CSV files."""
-    write_report(results, page, BLOCKS)
-    typer.echo(f"{page}: {len(BLOCKS)} tables")
+add_report(app, HERE, BLOCKS)
 
 
 if __name__ == "__main__":

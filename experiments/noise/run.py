@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from experiments.pages import write_report
+from experiments.pages import add_report
 from experiments.records import Records
 
 from . import stages
@@ -64,14 +64,7 @@ def sweep(
     recipe.show(recipe.summary(records, opened.name), stages.console)
 
 
-@app.command()
-def report(
-    results: Results = HERE / "results",
-    page: Annotated[Path, typer.Option(dir_okay=False)] = HERE / "RESULTS.md",
-) -> None:
-    """Draws the figures and fills the tables of RESULTS.md from the CSV files."""
-    write_report(results, page, BLOCKS)
-    typer.echo(f"{page}: {len(BLOCKS)} tables")
+add_report(app, HERE, BLOCKS)
 
 
 if __name__ == "__main__":
