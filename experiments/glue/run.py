@@ -35,6 +35,7 @@ Optimizers = Annotated[
     list[str], typer.Option("--optimizer", help="moma, adamw or umtam; repeat for several.")
 ]
 Seeds = Annotated[list[int], typer.Option("--seed", min=0, help="Repeat for several.")]
+Methods = Annotated[list[str], typer.Option("--method", help="Names of the table; all by default.")]
 Split = Annotated[Literal["held", "test"], typer.Option(help="Where results are shown.")]
 Results = Annotated[
     Path,
@@ -90,7 +91,7 @@ def select(
 def merge(
     optimizer: Optimizers = BOTH,
     seed: Seeds = FIRST,
-    method: Annotated[list[str], typer.Option(help="Names of the table; all by default.")] = NONE,
+    method: Methods = NONE,
     size: Annotated[list[int], typer.Option(help="How many experts: 2, 4 or 8.")] = SIZES,
     split: Split = "held",
     results: Results = HERE / "results",
@@ -107,13 +108,15 @@ def merge(
 def ablate(
     optimizer: Optimizers = BOTH,
     seed: Seeds = FIRST,
+    method: Methods = NONE,
     split: Split = "held",
     results: Results = HERE / "results",
 ) -> None:
     """The same with one step of the merges of moma and umtam taken out, on all eight experts."""
+    chosen = named(ABLATIONS, method)
     opened = open_study(ALL, Sizes(), results)
     for number, name in product(seed, optimizer):
-        stages.merge(opened, name, number, ABLATIONS, stages.SETS[:1], split, "ablations")
+        stages.merge(opened, name, number, chosen, stages.SETS[:1], split, "ablations")
 
 
 @app.command()
