@@ -33,8 +33,8 @@ class OutputMetric:
         """Combines the task vectors of a matrix."""
         assert leaf.curvature is not None
         d, w = heard(leaf)
-        v = _metric.relative_power(leaf.curvature, self.power, d.dtype)
-        metrics, moved = zip(*map(output_metric, d, v), strict=True)
+        roots = _metric.relative_power(leaf.curvature, self.power, d.dtype)
+        metrics, moved = zip(*map(output_metric, d, roots), strict=True)
         w = jnp.where(jnp.stack(moved), w, 0)
         mean = sum_experts(per_expert(w, d) * d) / _metric.nonzero(jnp.sum(w))
         # From the mean, so that experts that agree are left as they are to the last bit.
@@ -46,9 +46,9 @@ class OutputMetric:
         return combined(leaf, W)
 
 
-def output_metric(d: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns B = G^T G / |G|**2, G = d v, and whether there is any G."""
-    G = d / _metric.nonzero(jnp.max(jnp.abs(d))) * v
+def output_metric(d: jax.Array, root: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns B = G^T G / |G|**2, G = d root, and whether there is any G."""
+    G = d / _metric.nonzero(jnp.max(jnp.abs(d))) * root
     norm = jnp.sum(G**2)
     return _product(G.T, G) / _metric.nonzero(norm), norm > 0
 
