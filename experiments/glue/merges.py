@@ -169,7 +169,7 @@ class Sides:
     def _of_inputs(self, d: jax.Array, G: jax.Array) -> jax.Array:
         k, m, _ = d.shape
         A = [_product(G_t, G_t.T) for G_t in G]
-        c = 1e-2 * k / m
+        c = 0.1 * k / m
         right = _total(jnp.stack([_product(*pair) for pair in zip(A, d, strict=True)]))
         whole = sum(A[1:], A[0]) + c * jnp.eye(m)
         return jax.scipy.linalg.solve(whole, right + c * _total(d) / k, assume_a="pos")
@@ -288,8 +288,8 @@ ABLATIONS: Mapping[str, Method] = {
     "moma, no curvature": Method(partial(merging.moma, power=0.0), "optimizer"),
     "moma, power 1/4": Method(partial(merging.moma, power=0.25), "optimizer"),
     "moma, power 1": Method(partial(merging.moma, power=1.0), "optimizer"),
-    "moma, ridge 0.1": Method(partial(merging.moma, ridge=0.1), "optimizer"),
-    "moma, ridge 0.001": Method(partial(merging.moma, ridge=1e-3), "optimizer"),
+    "moma, ridge 1": Method(partial(merging.moma, ridge=1.0), "optimizer"),
+    "moma, ridge 0.01": Method(partial(merging.moma, ridge=1e-2), "optimizer"),
     "moma, row and column sums": Method(merging.moma, "factored"),
     "moma, embeddings averaged": Method(merging.moma, "optimizer", layers=True),
     "moma, of the inputs": Method(_sides("inputs"), "optimizer", layers=True),

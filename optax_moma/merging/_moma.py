@@ -63,7 +63,7 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def moma(
-    scale: Number = 1.0, *, power: Number = 0.5, ridge: Number = 1e-2, axes: str = "mn"
+    scale: Number = 1.0, *, power: Number = 0.5, ridge: Number = 0.1, axes: str = "mn"
 ) -> Chain:
     """Moves each combination of outputs as those experts do that were trained along it.
 
@@ -88,7 +88,8 @@ def moma(
       power: Exponent of the curvature, at least 0. 1/2 undoes what an Adam-like optimizer divided
         gradients by; 0 takes no notice of the curvature.
       ridge: How much the solution is drawn to the mean, at least 0, relative to the mean eigenvalue
-        of B; it decides along outputs that no expert was trained along.
+        of B; it decides along outputs that no expert was trained along. Where experts have gone far
+        from the base and fight for the same outputs, it should be larger, or the scale smaller.
       axes: Which leaves are matrices, as in ``tsv_m``.
 
     Returns:
@@ -103,8 +104,8 @@ def moma(
       >>> curvature = [{"w": jnp.ones((2, 2))}] * 2
       >>> base = {"w": jnp.zeros((2, 2))}
       >>> merge(moma(), [{"w": one}, {"w": two}], base=base, curvature=curvature)["w"].round(1)
-      Array([[2., 0.],
-             [2., 4.]], dtype=float32)
+      Array([[1.9, 0. ],
+             [1.9, 3.8]], dtype=float32)
 
     Source: this library. The least squares are those of RegMean (arXiv 2212.09849), Grams from task
     vectors those of WUDI (arXiv 2503.08099), here of the outputs, and of gradients; the metric is a

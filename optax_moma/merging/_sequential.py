@@ -184,7 +184,7 @@ class RunningMoma(NamedTuple):
 
 
 def running_moma(
-    scale: Number = 1.0, *, power: Number = 0.5, ridge: Number = 1e-2, axes: str = "mn"
+    scale: Number = 1.0, *, power: Number = 0.5, ridge: Number = 0.1, axes: str = "mn"
 ) -> Sequential:
     """Merges experts as they come by ``moma``: after any number of them, it is that merge.
 
@@ -214,8 +214,8 @@ def running_moma(
       >>> for rows in ([[2., 0.], [2., 0.]], [[0., 0.], [0., 4.]]):
       ...     state = method.update(state, {"w": jnp.array(rows)}, v)
       >>> method.params(state)["w"].round(1)
-      Array([[2., 0.],
-             [2., 4.]], dtype=float32)
+      Array([[1.9, 0. ],
+             [1.9, 3.8]], dtype=float32)
 
     Source: this library; see ``moma``.
     """

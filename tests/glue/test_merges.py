@@ -84,7 +84,7 @@ def sided(seed, side):
         left = left + np.kron(A, B)
         right = right + np.kron(A, B) @ d_t.ravel()
     if side == "inputs":
-        c = 1e-2 * 3 / len(A)
+        c = 0.1 * 3 / len(A)
         left, right = left + c * np.eye(len(left)), right + c * np.mean(d, axis=0).ravel()
     merged = merge(
         merging.chain(merges.Sides(side, steps=200)), experts, base=base, curvature=curvature
