@@ -6,7 +6,7 @@ tells which combinations of a layer's outputs the loss pulled at, as the Gram of
 tells which inputs it saw, and no data are needed for it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +26,20 @@ class OutputMetric:
 
     power: Number
     ridge: Number
+    curved: bool = field(metadata={"static": True})
 
-    contract = Contract(base=True, curvature=True, nonnegative_weights=True, combines=True)
+    @property
+    def contract(self) -> Contract:
+        """A base, and a curvature if its power is not zero."""
+        return Contract(True, self.curved, nonnegative_weights=True, combines=True)
 
     def __call__(self, leaf: TaskVectors) -> TaskVectors:
         """Combines the task vectors of a matrix."""
-        assert leaf.curvature is not None
         d, w = heard(leaf)
-        roots = _metric.relative_power(leaf.curvature, self.power, d.dtype)
+        roots = jnp.ones_like(d)
+        if self.curved:
+            assert leaf.curvature is not None
+            roots = _metric.relative_power(leaf.curvature, self.power, d.dtype)
         metrics, moved = zip(*map(output_metric, d, roots), strict=True)
         w = jnp.where(jnp.stack(moved), w, 0)
         mean = sum_experts(per_expert(w, d) * d) / _metric.nonzero(jnp.sum(w))
@@ -51,6 +57,11 @@ def output_metric(d: jax.Array, root: jax.Array) -> tuple[jax.Array, jax.Array]:
     G = d / _metric.nonzero(jnp.max(jnp.abs(d))) * root
     norm = jnp.sum(G**2)
     return _product(G.T, G) / _metric.nonzero(norm), norm > 0
+
+
+def needs_curvature(power: Number) -> bool:
+    """Whether a power of the curvature is anything but one; of an array nobody knows."""
+    return isinstance(power, jax.Array) or power != 0
 
 
 def solved(right: jax.Array, B: jax.Array, ridge: Number) -> jax.Array:
@@ -79,14 +90,14 @@ def moma(
     its batch size, loss scale or number of steps does not matter; an expert that did not change a
     matrix, or whose curvature of it is all zero, has no say in it.
 
-    Needs a base and a curvature; takes any number of experts, with weights that are not negative.
-    Per matrix, k products of n x n and one Cholesky factorisation of that size. Entry by entry, and
-    so many times as fast on a CPU, is ``curvature_ties``.
+    Needs a base, and a curvature unless its power is 0; takes any number of experts, with weights
+    that are not negative. Per matrix, k products of n x n and one Cholesky factorisation of that
+    size. Entry by entry, and so many times as fast on a CPU, is ``curvature_ties``.
 
     Args:
       scale: The factor of the merged task vector.
       power: Exponent of the curvature, at least 0. 1/2 undoes what an Adam-like optimizer divided
-        gradients by; 0 takes no notice of the curvature.
+        gradients by; 0 takes the task vectors as they are, for experts without a curvature.
       ridge: How much the solution is drawn to the mean, at least 0, relative to the mean eigenvalue
         of B; it decides along outputs that no expert was trained along. Where experts have gone far
         from the base and fight for the same outputs, it should be larger, or the scale smaller.
@@ -113,5 +124,5 @@ def moma(
     """
     check_number("power", power, 0)
     check_number("ridge", ridge, 0)
-    step = EachMatrix(OutputMetric(power, ridge), check_axes(axes))
+    step = EachMatrix(OutputMetric(power, ridge, needs_curvature(power)), check_axes(axes))
     return chain(step, _steps.scale(scale))

@@ -19,7 +19,7 @@ from optax_moma.merging._contract import Contract, check_number
 from optax_moma.merging._inputs import checked_inputs, is_float
 from optax_moma.merging._leaf import Curvature
 from optax_moma.merging._matrices import check_axes, gathered, layout_of
-from optax_moma.merging._moma import output_metric, solved
+from optax_moma.merging._moma import needs_curvature, output_metric, solved
 from optax_moma.merging._steps import Number
 from optax_moma.merging._trees import Tree, each_float, moved, wide
 
@@ -119,7 +119,7 @@ def running_mean(
     if mixing is not None:
         check_number("mixing", mixing, 0, 1)
     check_number("power", power, 0)
-    curved = isinstance(power, jax.Array) or power != 0
+    curved = needs_curvature(power)
 
     def init(base: Tree) -> RunningMean:
         weight = (
@@ -192,7 +192,7 @@ def running_moma(
     B_t = B_{t-1} + G_t^T G_t / |G_t|**2; P_t = P_{t-1} + d_t G_t^T G_t / |G_t|**2;
     D_t = scale * (m_t + (P_t - m_t B_t) (B_t + c I)^-1), c = ridge * tr(B_t) / n.
 
-    Needs a curvature. All experts have the same weight.
+    Needs a curvature unless its power is 0. All experts have the same weight.
 
     Args:
       scale: The factor of the merged task vector.
@@ -234,7 +234,8 @@ def running_moma(
         return RunningMoma(_arrays(base), _zeros(base), *_parts(3, zeros, base))
 
     def update(state: RunningMoma, expert: Tree, curvature: Tree | None = None) -> RunningMoma:
-        return _added(state, _arrival(state.base, expert, curvature, curved=True), power, axes)
+        arrival = _arrival(state.base, expert, curvature, needs_curvature(power))
+        return _added(state, arrival, power, axes)
 
     def params(state: RunningMoma) -> Tree:
         return moved(state.base, _solved(state, scale, ridge, axes))
@@ -247,12 +248,13 @@ def _added(state: RunningMoma, arrival: Tree, power: Number, axes: str) -> Runni
     def one(
         _: jax.Array, mean: Any, metric: Any, pull: Any, heard: Any, new: _Arrival
     ) -> tuple[jax.Array, ...]:
-        assert new.curvature is not None
         if heard.ndim == 0:
             return mean + (new.delta - mean) / (heard + 1), metric, pull, heard + 1
-        v = _metric.relative_power([new.curvature], power, mean.dtype)[0]
-        m, d, v = (_matrices(x, axes) for x in (mean, new.delta, v))
-        B, moved = jax.lax.map(lambda pair: output_metric(*pair), (d, v))
+        root = jnp.ones_like(mean)
+        if new.curvature is not None:
+            root = _metric.relative_power([new.curvature], power, mean.dtype)[0]
+        m, d, root = (_matrices(x, axes) for x in (mean, new.delta, root))
+        B, moved = jax.lax.map(lambda pair: output_metric(*pair), (d, root))
         heard = heard + moved
         share = jnp.where(moved, 1 / _metric.nonzero(heard), 0)
         mean = _back(m + share[:, None, None] * (d - m), mean, axes)

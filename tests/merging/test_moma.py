@@ -153,6 +153,11 @@ def test_numbers_out_of_range(arguments, text):
         moma(**arguments)
 
 
-def test_a_curvature_is_asked_for():
-    for method in (moma(), curvature_ties()):
-        assert method.contract.curvature and method.contract.base
+def test_a_curvature_is_asked_for_unless_its_power_is_zero():
+    base, d, _ = problem()
+    assert moma().contract.curvature and curvature_ties().contract.curvature
+    trees = [{"w": jnp.asarray(base + x, jnp.float32)} for x in d]
+    whole = merge(moma(power=0), trees, base={"w": jnp.asarray(base, jnp.float32)})
+    expected = base + formula(d, np.ones((3, *SHAPE)), [1, 1, 1])
+    np.testing.assert_allclose(whole["w"], expected, rtol=3e-4, atol=3e-5)
+    assert moma(power=jnp.float32(0)).contract.curvature

@@ -78,6 +78,8 @@ def test_a_running_moma_is_the_merge_at_once(tasks, axes):
     at_once = merge(moma(**numbers), experts, base=base, curvature=curvature)
     check(merged, at_once)
     assert not np.allclose(at_once["w"], merge(average(), experts, base=base)["w"], atol=1e-3)
+    without = run(running_moma(power=0, axes=axes), base, experts)
+    check(without, merge(moma(power=0, axes=axes), experts, base=base))
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 12])
