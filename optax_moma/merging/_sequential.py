@@ -271,7 +271,7 @@ def _solved(state: RunningMoma, scale: Number, ridge: Number, axes: str) -> Tree
             return scale * mean
         m = _matrices(mean, axes)
         apart = pull - jnp.matmul(m, metric, precision="highest")
-        ways = jax.lax.map(lambda pair: solved(*pair, ridge), (apart, metric))
+        ways = jax.lax.map(lambda pair: solved(pair[0], pair[1], ridge), (apart, metric))
         return scale * _back(m + ways, mean, axes)
 
     return each_float(one, state.base, state.mean, state.metric, state.pull, state.heard)
