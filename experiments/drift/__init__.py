@@ -1,0 +1,1 @@
+"""How far from the base may experts go until their merge breaks?"""
