@@ -34,8 +34,8 @@ class Part(NamedTuple):
       keep: The model that they are copied from, if they are not merged.
       weights: The experts' weights.
       names: Their paths.
-      layers: If the leaves are stacks of layers, how each layer is merged; ``method`` and
-        ``weights`` are then those of the first.
+      layers: If the leaves are stacks of layers, how each layer is merged; ``weights`` are then
+        those of the first, and ``method`` is that of a layer that asks for no less than the others.
     """
 
     rule: int | None
@@ -275,7 +275,9 @@ def _stacked(job: Job, i: int, names: list[str], at: Callable[[float], Layer]) -
     for depth in sorted({shape[0] for shape in shapes.values()}):
         layers = tuple(at(position / max(depth - 1, 1)) for position in range(depth))
         alike = [name for name in names if shapes[name][0] == depth]
-        yield Part(i, layers[0].method, None, layers[0].weights, alike, layers)
+        # A method may need a curvature for some of its numbers only.
+        method = max((x.method for x in layers), key=lambda method: method.contract.curvature)
+        yield Part(i, method, None, layers[0].weights, alike, layers)
 
 
 def _compare_structures(job: Job) -> None:

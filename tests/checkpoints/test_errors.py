@@ -229,8 +229,8 @@ def test_paths(world, tmp_path):
     refused(recipe, tmp_path, "there is no 'parms'", "did you mean 'params'?")
 
 
-# Orbax gives up at the first array that it cannot read. TensorStore's threads then report the others
-# to an event loop that is closed, and nobody is there to catch what that raises.
+# Orbax gives up at the first array that it cannot read. TensorStore's threads then report the
+# others to an event loop that is closed, and nobody is there to catch what that raises.
 reading_in_vain = pytest.mark.filterwarnings(
     "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"
 )
