@@ -5,7 +5,10 @@ This file lies in the root because the doctests of the package need it as much a
 
 import importlib.util
 import os
+import sys
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))  # experiments is no installed package
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before the first backend starts
 # XLA's decompositions run in SciPy's OpenBLAS, whose idle threads spin and take the cores from the
 # other processes of the run.

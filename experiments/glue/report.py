@@ -223,7 +223,7 @@ def _dots(
     axes.set_xlabel(f"share of the experts' scores kept, mean over {size} tasks (%)")
     handles, labels = axes.get_legend_handles_labels()
     first = {label: handle for handle, label in zip(handles, labels, strict=True)}
-    axes.legend(first.values(), first.keys(), frameon=False, loc="lower left")
+    axes.legend(first.values(), first.keys(), frameon=False, loc="upper left")
     axes.set_title(f"{size} experts trained with {optimizer} in one encoder")
     tidy(axes)
     return save(figure, path)

@@ -29,10 +29,13 @@ def peak_bytes(job: Job, chunk_bytes: int) -> int:
     largest = max(size for size, _ in sizes.values())
     total = sum(size for size, _ in sizes.values())
     groups = _LARGEST * min(max(chunk_bytes, largest), total) + _OTHERS * min(chunk_bytes, total)
-    heaviest: dict[int, tuple[int, str, Part]] = {}
+    heaviest: dict[Any, tuple[int, str, Part]] = {}
     for name, (size, part) in sizes.items():
         if part.method is not None and is_float(job.reference.leaves[name]):
-            kind = hash(jax.tree.structure(part.method))
+            # A method that sees matrices whole works hardest where they are widest, not largest.
+            whole = part.method.contract.whole
+            shape = job.reference.leaves[name].shape if whole else None
+            kind = jax.tree.structure(part.method), shape
             heaviest[kind] = max(heaviest.get(kind, (0, "", part)), (size, name, part), key=_size)
     work = max((_work_bytes(job, part, name) for _, name, part in heaviest.values()), default=0)
     return _resident_bytes() + _BUFFERS + int(groups + _WORK * work)

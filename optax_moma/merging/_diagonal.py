@@ -204,7 +204,7 @@ def curvature_ties(density: Number = 0.2, power: Number = 0.5, scale: Number = 1
     All leaves are merged, vectors too. Each expert's curvature is normalised leaf by leaf, so that
     its batch size, loss scale or number of steps does not matter. A leaf in which an expert's
     curvature is all zero was never trained, and counts as unchanged. Entry by entry, so it is cheap
-    and any leaf will do; ``moma`` sees matrices as a whole, and merges better.
+    and any leaf will do; ``moma`` sees matrices as a whole.
 
     Args:
       density: Share of entries kept in each expert, from 0 to 1.
@@ -306,4 +306,4 @@ def umtam(density: Number = 0.2, *, axes: str = "mn") -> Chain:
     Optimization" (arXiv 2512.17109), Algorithm 2 as in the authors' code.
     """
     check_number("density", density, 0, 1)
-    return chain(EachMatrix(Umtam(density), check_axes(axes), rest=None))
+    return chain(EachMatrix(Umtam(density), check_axes(axes), average=False))

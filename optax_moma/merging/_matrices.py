@@ -13,7 +13,7 @@ from optax_moma._moments import Factored
 from optax_moma.merging._contract import Contract, Step
 from optax_moma.merging._leaf import Curvature, TaskVectors, combined, gathered
 from optax_moma.merging._metric import factors
-from optax_moma.merging._steps import mean
+from optax_moma.merging._steps import weighted_mean
 
 
 @jax.tree_util.register_dataclass
@@ -21,13 +21,13 @@ from optax_moma.merging._steps import mean
 class EachMatrix:
     """Lets a step that combines matrices (m, n) merge each matrix of a leaf, one after the other.
 
-    Leaves that are no matrices are merged by ``rest``, and stay at the base if that is None. Which
-    are, ``axes`` says, see ``tsv_m``; without axes the Grams of a leaf.
+    Leaves that are no matrices are averaged, or stay at the base if not ``average``. Which are,
+    ``axes`` says, see ``tsv_m``; without axes the Grams of a leaf.
     """
 
     step: Step
     axes: str | None = field(default=None, metadata={"static": True})
-    rest: Step | None = field(default_factory=mean)
+    average: bool = field(default=True, metadata={"static": True})
 
     @property
     def contract(self) -> Contract:
@@ -42,9 +42,8 @@ class EachMatrix:
         elif leaf.curvature is not None and not isinstance(leaf.curvature[0], Factored):
             layout = gram_layout(leaf.curvature[0].shape, shape)
         if layout is None:
-            if self.rest is None:
-                return combined(leaf, jnp.zeros_like(leaf.delta[0]))
-            return self.rest(leaf)
+            rest = weighted_mean(leaf) if self.average else jnp.zeros_like(leaf.delta[0])
+            return combined(leaf, rest)
         whole = jax.tree.map(gathered, leaf._replace(keys=None))._replace(keys=leaf.keys)
         if layout.matrix_shape == shape and len(shape) == 2:
             merged = _merged(self.step, whole)

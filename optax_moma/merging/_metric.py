@@ -15,6 +15,11 @@ from optax_moma.merging._leaf import Curvature
 from optax_moma.merging._sums import fixed_mean
 
 
+def is_needed(power: jax.Array | float) -> bool:
+    """Whether this power of the curvature is anything but one, as nobody knows of an array."""
+    return isinstance(power, jax.Array) or power != 0
+
+
 def factors(curvature: Curvature, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     """Returns (row, col) whose product is the curvature; a dense one has a col of ones."""
     if isinstance(curvature, Factored):

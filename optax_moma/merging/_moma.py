@@ -31,7 +31,7 @@ class OutputMetric:
     @property
     def contract(self) -> Contract:
         """A base, and a curvature if its power is not zero."""
-        return Contract(True, self.curved, nonnegative_weights=True, combines=True)
+        return Contract(base=True, curvature=self.curved, nonnegative_weights=True, combines=True)
 
     def __call__(self, leaf: TaskVectors) -> TaskVectors:
         """Combines the task vectors of a matrix."""
@@ -42,13 +42,11 @@ class OutputMetric:
             roots = _metric.relative_power(leaf.curvature, self.power, d.dtype)
         metrics, moved = zip(*map(output_metric, d, roots), strict=True)
         w = jnp.where(jnp.stack(moved), w, 0)
+        B = [w_t * B_t for w_t, B_t in zip(w, metrics, strict=True)]
+        # Solved for what is apart from the mean: of experts that agree that is nothing.
         mean = sum_experts(per_expert(w, d) * d) / _metric.nonzero(jnp.sum(w))
-        # From the mean, so that experts that agree are left as they are to the last bit.
-        B = sum_experts([w_t * B_t for w_t, B_t in zip(w, metrics, strict=True)])
-        apart = [
-            _product(d_t - mean, w_t * B_t) for d_t, w_t, B_t in zip(d, w, metrics, strict=True)
-        ]
-        W = mean + solved(sum_experts(apart), B, self.ridge)
+        apart = [product(d_t - mean, B_t) for d_t, B_t in zip(d, B, strict=True)]
+        W = mean + right_solution(sum_experts(apart), sum_experts(B), self.ridge)
         return combined(leaf, W)
 
 
@@ -56,20 +54,16 @@ def output_metric(d: jax.Array, root: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns B = G^T G / |G|**2, G = d root, and whether there is any G."""
     G = d / _metric.nonzero(jnp.max(jnp.abs(d))) * root
     norm = jnp.sum(G**2)
-    return _product(G.T, G) / _metric.nonzero(norm), norm > 0
+    return product(G.T, G) / _metric.nonzero(norm), norm > 0
 
 
-def needs_curvature(power: Number) -> bool:
-    """Whether a power of the curvature is anything but one; of an array nobody knows."""
-    return isinstance(power, jax.Array) or power != 0
-
-
-def solved(right: jax.Array, B: jax.Array, ridge: Number) -> jax.Array:
+def right_solution(right: jax.Array, B: jax.Array, ridge: Number) -> jax.Array:
     """Returns right (B + c I)^-1, c = ridge * tr(B) / n."""
     return ridge_solution(B, right.T, jnp.zeros((), B.dtype), ridge).T
 
 
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+def product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns the product of matrices, or of stacks of them, in full precision."""
     return jnp.matmul(a, b, precision="highest")
 
 
@@ -82,8 +76,9 @@ def moma(
     but those of matrices entrywise:
     G_t = d_t v_t**power, the gradients that the expert has added up;
     B_t = w_t G_t^T G_t / |G_t|**2, (n, n), the metric of its outputs; B = sum_t B_t;
-    W minimises sum_t tr((W - d_t) B_t (W - d_t)^T) + c |W - mean_t d_t|**2, c = ridge * tr(B) / n:
-    W = mean_t d_t + sum_t (d_t - mean_t d_t) B_t (B + c I)^-1; merged = base + scale * W.
+    M = sum_t w_t d_t / sum_t w_t, of the experts whose G_t is not zero;
+    W minimises sum_t tr((W - d_t) B_t (W - d_t)^T) + c |W - M|**2, c = ridge * tr(B) / n:
+    W = M + sum_t (d_t - M) B_t (B + c I)^-1; merged = base + scale * W.
 
     All other leaves are averaged. Experts that agree are left as they are; where they were trained
     along different outputs, each has its own way. Each expert's curvature is normalised, so that
@@ -124,5 +119,5 @@ def moma(
     """
     check_number("power", power, 0)
     check_number("ridge", ridge, 0)
-    step = EachMatrix(OutputMetric(power, ridge, needs_curvature(power)), check_axes(axes))
+    step = EachMatrix(OutputMetric(power, ridge, _metric.is_needed(power)), check_axes(axes))
     return chain(step, _steps.scale(scale))

@@ -19,7 +19,7 @@ from optax_moma.merging._contract import Contract, check_number
 from optax_moma.merging._inputs import checked_inputs, is_float
 from optax_moma.merging._leaf import Curvature
 from optax_moma.merging._matrices import check_axes, gathered, layout_of
-from optax_moma.merging._moma import needs_curvature, output_metric, solved
+from optax_moma.merging._moma import output_metric, product, right_solution
 from optax_moma.merging._steps import Number
 from optax_moma.merging._trees import Tree, each_float, moved, wide
 
@@ -119,7 +119,7 @@ def running_mean(
     if mixing is not None:
         check_number("mixing", mixing, 0, 1)
     check_number("power", power, 0)
-    curved = needs_curvature(power)
+    curved = _metric.is_needed(power)
 
     def init(base: Tree) -> RunningMean:
         weight = (
@@ -224,21 +224,22 @@ def running_moma(
     check_axes(axes)
 
     def init(base: Tree) -> RunningMoma:
-        def zeros(b: jax.Array) -> tuple[jax.Array, ...]:
-            layout, dtype = layout_of(axes, jnp.shape(b)), wide(b).dtype
-            *stack, m, n = (0, 0, 0) if layout is None else layout.matrix_shape
-            count = math.prod(stack)
-            shapes = ((), (), ()) if layout is None else ((count, n, n), (count, m, n), (count,))
-            return tuple(jnp.zeros(shape, dtype) for shape in shapes)
+        def sums(b: jax.Array) -> tuple[jax.Array, ...]:
+            layout, shapes = layout_of(axes, jnp.shape(b)), ((), (), ())
+            if layout is not None:
+                *stack, m, n = layout.matrix_shape
+                k = math.prod(stack)
+                shapes = ((k, n, n), (k, m, n), (k,))
+            return tuple(jnp.zeros(shape, wide(b).dtype) for shape in shapes)
 
-        return RunningMoma(_arrays(base), _zeros(base), *_parts(3, zeros, base))
+        return RunningMoma(_arrays(base), _zeros(base), *_parts(3, sums, base))
 
     def update(state: RunningMoma, expert: Tree, curvature: Tree | None = None) -> RunningMoma:
-        arrival = _arrival(state.base, expert, curvature, needs_curvature(power))
+        arrival = _arrival(state.base, expert, curvature, _metric.is_needed(power))
         return _added(state, arrival, power, axes)
 
     def params(state: RunningMoma) -> Tree:
-        return moved(state.base, _solved(state, scale, ridge, axes))
+        return moved(state.base, _running_solution(state, scale, ridge, axes))
 
     return Sequential(init, update, params)
 
@@ -258,20 +259,20 @@ def _added(state: RunningMoma, arrival: Tree, power: Number, axes: str) -> Runni
         heard = heard + moved
         share = jnp.where(moved, 1 / _metric.nonzero(heard), 0)
         mean = _back(m + share[:, None, None] * (d - m), mean, axes)
-        return mean, metric + B, pull + jnp.matmul(d, B, precision="highest"), heard
+        return mean, metric + B, pull + product(d, B), heard
 
     fields = (state.mean, state.metric, state.pull, state.heard)
     return RunningMoma(state.base, *_parts(4, one, state.base, *fields, arrival))
 
 
 @partial(jax.jit, static_argnames="axes")
-def _solved(state: RunningMoma, scale: Number, ridge: Number, axes: str) -> Tree:
+def _running_solution(state: RunningMoma, scale: Number, ridge: Number, axes: str) -> Tree:
     def one(_: jax.Array, mean: Any, metric: Any, pull: Any, heard: Any) -> jax.Array:
         if heard.ndim == 0:
             return scale * mean
         m = _matrices(mean, axes)
-        apart = pull - jnp.matmul(m, metric, precision="highest")
-        ways = jax.lax.map(lambda pair: solved(pair[0], pair[1], ridge), (apart, metric))
+        apart = pull - product(m, metric)
+        ways = jax.lax.map(lambda pair: right_solution(*pair, ridge=ridge), (apart, metric))
         return scale * _back(m + ways, mean, axes)
 
     return each_float(one, state.base, state.mean, state.metric, state.pull, state.heard)
@@ -380,7 +381,6 @@ def _projected(state: Opcm, arrival: Tree, alpha: Number, axes: str) -> Opcm:
 def _orthogonal(merge: jax.Array, delta: jax.Array, alpha: Number) -> jax.Array:
     """Returns what is left of ``delta`` after the projection, both (m, n)."""
     u, s, vt = jnp.linalg.svd(merge, full_matrices=False)
-    product = partial(jnp.matmul, precision="highest")
     p = product(product(u.T, delta), vt.T)
     block = jnp.cumsum(s) <= alpha * jnp.sum(s)
     known = s > s[0] * jnp.finfo(s.dtype).eps * max(merge.shape)

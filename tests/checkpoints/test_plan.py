@@ -182,3 +182,21 @@ def test_compare(tmp_path):
     with pytest.raises(ValueError, match="2 problems") as caught:
         checkpoints.compare(tmp_path / "base", tmp_path / "c")
     assert "lacks n, still" in str(caught.value) and "shape (2, 2)" in str(caught.value)
+
+
+def test_memory_of_the_widest_matrix(tmp_path):
+    """It is not the largest leaf that a method of whole matrices works hardest on."""
+    rng = np.random.default_rng(0)
+    shapes = {"long": (4096, 8), "wide": (8, 1024)}
+    for name in ("base", "a", "b"):
+        tree = {k: rng.normal(size=shape).astype(np.float32) for k, shape in shapes.items()}
+        ocp.save(tmp_path / name, tree)
+    recipe = {
+        "base": str(tmp_path / "base"),
+        "experts": {name: str(tmp_path / name) for name in "ab"},
+        "method": {"name": "moma", "power": 0},
+    }
+    whole = checkpoints.plan(recipe).peak_bytes
+    without = checkpoints.plan(recipe | {"rules": [{"match": "wide", "keep": "a"}]}).peak_bytes
+    # The experts' metrics and the factor of their sum, 1024 x 1024 each.
+    assert 2 * 4 * 1024**2 < whole - without < 20 * 4 * 1024**2

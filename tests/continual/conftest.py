@@ -1,12 +1,7 @@
 """The studies in small: made-up images in place of the data sets, a random encoder, short texts."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # experiments is no installed package
 
 for extra in ("flax", "matplotlib", "rich", "scipy", "tokenizers", "typer"):
     pytest.importorskip(extra)

@@ -5,9 +5,13 @@ import csv
 import jax
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
-from experiments.drift import run
+for extra in ("flax", "matplotlib", "sklearn", "typer"):
+    pytest.importorskip(extra)
+
+from typer.testing import CliRunner  # noqa: E402
+
+from experiments.drift import run  # noqa: E402
 
 
 @pytest.fixture

@@ -1,12 +1,7 @@
 """The study in small: random encoder, made-up texts, learnable tasks, its own cache and results."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # experiments is no installed package
 
 pytest.importorskip("tokenizers")
 

@@ -1,12 +1,7 @@
 """Made-up images on which ten classes can be told apart, and a classifier with few weights."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # experiments is no installed package
 
 for extra in ("flax", "grain", "matplotlib", "rich", "scipy", "tokenizers", "typer"):
     pytest.importorskip(extra)

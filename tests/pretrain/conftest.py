@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ collect_ignore_glob = []
 if any(importlib.util.find_spec(name) is None for name in NEEDED):
     collect_ignore_glob = ["test_*.py"]
 else:
-    sys.path.insert(0, str(Path(__file__).parents[2]))  # experiments are no installed package
     from experiments.pretrain import train
 
 SOURCES = {"letters": 60, "essays": 40}
