@@ -206,6 +206,7 @@ def cost(rows: list[Row], results: Path) -> str:
 BLOCKS: Mapping[str, Block] = {
     "cost": Block("cost_layer", "What a step takes", cost),
     "large": Block("cost_large", "What a step of twice the tokens takes", cost),
+    "largest": Block("cost_largest", "What a step of four times the tokens takes", cost),
     "language": Block(
         "language", "Language modelling", partial(learned, setup="language", name="language")
     ),

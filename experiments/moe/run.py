@@ -1,6 +1,6 @@
 """Layers that merge experts: what they cost, and what they learn at rates of their own.
 
-    python -m experiments.moe.run cost layer    # time and memory of a step; large, language, text
+    python -m experiments.moe.run cost layer    # time and memory of a step; large, largest, ...
     python -m experiments.moe.run language      # every variant on OPTAX_MOMA_DATA/lm
     python -m experiments.moe.run text trec     # MiniLM on a task of experiments/glue; or sst2
     python -m experiments.moe.run report        # tables, figures, RESULTS.md
@@ -43,7 +43,7 @@ def compiled() -> None:
 
 @app.command()
 def cost(
-    setup: Annotated[Literal["layer", "large", "language", "text"], typer.Argument()],
+    setup: Annotated[Literal["layer", "large", "largest", "language", "text"], typer.Argument()],
     rounds: Annotated[int, typer.Option(min=1, help="Steps of each layer, in turn.")] = 10,
     results: Results = HERE / "results",
 ) -> None:
