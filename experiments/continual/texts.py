@@ -44,6 +44,7 @@ FEW: Mapping[str, Method] = {
     "CMM, not linear": _few("CMM, not linear", numbers=MIXING[::2]),
     "running average": _few("running average", numbers=MIXING[::2]),
     "independent average": METHODS["independent average"],
+    "moma": METHODS["moma"],
     "OPCM": METHODS["OPCM"],
     "Perturb-and-Merge": METHODS["Perturb-and-Merge"],
     "sequential": METHODS["sequential"],
