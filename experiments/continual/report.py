@@ -84,6 +84,7 @@ SHOWN = {
     "CMM": "C0",
     "CMM, not linear": "C9",
     "running average": "C1",
+    "moma": "black",
     "OPCM": "C2",
     "Perturb-and-Merge": "C4",
     "EWC": "C5",

@@ -27,8 +27,8 @@ from .streams import orders
 from .worlds import corrector, optimizer, schedule
 
 Params = Any
-TASKS = ("trec", "sst2", "sick")
-SIZES = Sizes(train=192, dev=128, test=200)
+TASKS = ("trec", "sst2", "sick", "ag_news")
+SIZES = Sizes(train=512, dev=200, test=400)
 LENGTH = 32
 BATCH = 16
 RATE = 2e-4
