@@ -96,7 +96,7 @@ SHOWN = {
 
 def figure(made: Mapping[str, list[np.ndarray]], stream: str, results: Path) -> str:
     """Mean accuracy over the tasks seen so far, and the first task's alone."""
-    drawn = Figure(figsize=(10, 4), layout="constrained")
+    drawn = Figure(figsize=(10, 4.4), layout="constrained")
     left, right = drawn.subplots(1, 2, sharey=True)
     for name, colour in SHOWN.items():
         if name not in made:
@@ -116,7 +116,8 @@ def figure(made: Mapping[str, list[np.ndarray]], stream: str, results: Path) -> 
         axes.set_xticks(range(1, 1 + max(len(x[0]) for x in made.values())))
         axes.set_xlabel("tasks seen")
         tidy(axes)
-    left.legend(frameon=False, fontsize=7)
+    shown = left.get_legend_handles_labels()
+    drawn.legend(*shown, loc="outside lower center", ncol=6, fontsize=8, frameon=False)
     drawn.suptitle(f"{TITLES[stream][0].upper()}{TITLES[stream][1:]}: mean of three orders")
     return save(drawn, results / f"accuracy_{stream}.png")
 
