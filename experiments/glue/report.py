@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -94,8 +95,9 @@ def selection(rows: list[Row], results: Path) -> str:
             here = [r for r in own if r["scope"] == scope]
             curves = {name: _curve(here, name, densities) for name in names}
             for name, curve in curves.items():
-                mean = 100 * curve.mean(axis=0)
-                error = 100 * curve.std(axis=0) / np.sqrt(max(1, len(curve) - 1))
+                mean = 100 * np.mean(list(curve.values()), axis=0)
+                gap = 100 * _gaps(curve, curves["magnitude"])
+                error = gap.std(axis=0, ddof=min(1, len(gap) - 1)) / np.sqrt(len(gap))
                 x = [100 * float(density) for density in densities]
                 colour = COLOURS.get(name)
                 axes.plot(x, mean, "o-", color=colour, label=name, ms=4)
@@ -108,11 +110,12 @@ def selection(rows: list[Row], results: Path) -> str:
             tidy(axes)
             lines = []
             for name in names:
-                gap = curves[name] - curves["magnitude"]
+                mean = np.mean(list(curves[name].values()), axis=0)
+                gap = _gaps(curves[name], curves["magnitude"])
                 lines.append(
                     [name]
                     + [
-                        number(curves[name][:, i].mean(keepdims=True))
+                        number([mean[i]])
                         + ("" if name == "magnitude" else f" ({_signed(gap[:, i])})")
                         for i in range(len(densities))
                     ]
@@ -124,21 +127,31 @@ def selection(rows: list[Row], results: Path) -> str:
         axes = figure.axes[0]
         axes.set_ylabel("share of the expert's score kept (%)")
         figure.axes[1].legend(frameon=False, fontsize=8)
-        figure.suptitle(f"Experts trained with {optimizer}: mean over tasks ± standard error")
+        figure.suptitle(
+            f"Experts trained with {optimizer}: mean over tasks;"
+            " shaded: standard error of the difference from magnitude"
+        )
         parts.append(save(figure, results / f"selection_{optimizer}_{split}.png"))
     note = "In brackets, the mean difference from magnitude over tasks and seeds ± standard error."
     return "\n\n".join([*parts, note])
 
 
-def _curve(rows: list[Row], name: str, densities: Sequence[str]) -> np.ndarray:
-    """(tasks and seeds, densities): shares of the expert's score."""
+def _curve(
+    rows: list[Row], name: str, densities: Sequence[str]
+) -> dict[tuple[str, str], np.ndarray]:
+    """By task and seed, shares of the expert's score (densities,); those that are complete."""
     found: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:
         if row["score"] == name:
             share = float(row["value"]) / float(row["expert_value"])
             found.setdefault((row["task"], row["seed"]), {})[row["density"]] = share
-    whole = [own for own in found.values() if len(own) == len(densities)]
-    return np.array([[own[d] for d in densities] for own in whole])
+    whole = {key: own for key, own in found.items() if len(own) == len(densities)}
+    return {key: np.array([own[d] for d in densities]) for key, own in whole.items()}
+
+
+def _gaps(curve: Mapping[Any, np.ndarray], plain: Mapping[Any, np.ndarray]) -> np.ndarray:
+    """(tasks and seeds, densities): what one curve has more than the other."""
+    return np.array([curve[key] - plain[key] for key in curve if key in plain])
 
 
 def _signed(gaps: np.ndarray) -> str:
