@@ -159,8 +159,11 @@ def _signed(gaps: np.ndarray) -> str:
     return text if text.startswith("-") else f"+{text}"
 
 
-def merging(rows: list[Row], results: Path, name: str = "merging") -> str:
-    """Shares of the experts' scores kept by every method, at its defaults and tuned."""
+def merging(rows: list[Row], results: Path, name: str = "merging", *, floor: bool = True) -> str:
+    """Shares of the experts' scores kept by every method, at its defaults and tuned.
+
+    ``floor``: whether the figure reaches down to the base.
+    """
     parts = []
     for split, optimizer in dict.fromkeys((row["split"], row["optimizer"]) for row in rows):
         own = [r for r in rows if r["split"] == split and r["optimizer"] == optimizer]
@@ -186,7 +189,8 @@ def merging(rows: list[Row], results: Path, name: str = "merging") -> str:
         parts.append(f"{head}\n\n{table(['method', *header], lines)}")
         parts.append(_by_task(own, sizes[0], methods))
         figure = results / f"{name}_{optimizer}_{split}.png"
-        parts.append(_dots(shares, methods, sizes[0], optimizer, figure))
+        shown = [m for m in methods if m != "experts" and (floor or m != "base")]
+        parts.append(_dots(shares, shown, sizes[0], optimizer, figure))
     return "\n\n".join(parts)
 
 
@@ -220,7 +224,7 @@ def _dots(
     optimizer: str,
     path: Path,
 ) -> str:
-    methods = [m for m in methods if m != "experts" and shares[m, "False", size]]
+    methods = [m for m in methods if shares[m, "False", size]]
     figure = Figure(figsize=(8, 1.2 + 0.27 * len(methods)), layout="constrained")
     axes = figure.subplots()
     for tuned, marker, label in (("True", "o", "tuned on dev"), ("False", "|", "at its defaults")):
@@ -348,7 +352,7 @@ BLOCKS: Mapping[str, Block] = {
     "costs": Block("fisher", "What curvature costs", costs),
     "selection": Block("select", "Selection", selection),
     "merging": Block("merges", "Merging", merging),
-    "ablations": Block("ablations", "Ablations", partial(merging, name="ablations")),
+    "ablations": Block("ablations", "Ablations", partial(merging, name="ablations", floor=False)),
     "correlations": Block("correlations", "Agreement with the exact Fisher", correlations),
     "pairs": Block("pairs", "Overlap, conflict, barriers", pairs),
 }
