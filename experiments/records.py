@@ -66,9 +66,12 @@ def numbers(rows: Iterable[Mapping[str, str]], column: str) -> list[float]:
 def command() -> str:
     """The command line as one would type it, without the machine's folders."""
     spec = sys.modules["__main__"].__spec__
-    name = Path(sys.argv[0]).name
-    program = ["-m", spec.name] if spec else [name]
-    return shlex.join(["python", *program, *sys.argv[1:]])
+    program = ["-m", spec.name] if spec else [Path(sys.argv[0]).name]
+    arguments = sys.argv[1:]
+    if "--results" in arguments:
+        place = arguments.index("--results")
+        arguments = arguments[:place] + arguments[place + 2 :]
+    return shlex.join(["python", *program, *arguments])
 
 
 def machine() -> str:

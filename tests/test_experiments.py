@@ -152,3 +152,13 @@ def test_plan_of_metadata_alone(tmp_path):
     size = 2 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 4096 + 2 * 32000 * 4096
     assert found.problems == [] and found.parameters == size
     assert found.read_bytes == 2 * 2 * size and found.write_bytes == 2 * size
+
+
+def test_recorded_command_names_no_folder(monkeypatch):
+    """Results may be written anywhere; the command is the one that fills the repository's."""
+    from experiments import records
+
+    arguments = ["text", "sst2", "--results", "elsewhere/results", "--rounds", "2"]
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    assert records.command().startswith("python ")
+    assert records.command().endswith(" text sst2 --rounds 2")
