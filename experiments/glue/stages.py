@@ -23,7 +23,7 @@ from .fisher import record as record_fisher
 from .merges import Choice, Method
 from .tasks import Examples
 
-RATES = (5e-5, 1e-4, 2e-4, 4e-4)
+RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
 RATE_TASKS = ("sick", "trec")
 """Cheap tasks of different kinds, on which the learning rates are chosen at the full budget."""
 SETS: Sequence[tuple[str, ...]] = (
