@@ -233,6 +233,7 @@ def merge(
     bar = bars.Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal)
     try:
         with _reported(json) as checkpoints, bar:
+            checkpoints.keep_pages()
             task = bar.add_task("", total=None)
             done = checkpoints.merge(
                 recipe,

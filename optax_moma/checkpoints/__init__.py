@@ -9,6 +9,7 @@ from ._manifest import verify as verify
 from ._merge import Merged as Merged
 from ._merge import load as load
 from ._merge import merge as merge
+from ._pages import keep_pages as keep_pages
 from ._plan import Plan as Plan
 from ._plan import PlannedModel as PlannedModel
 from ._plan import PlannedRule as PlannedRule
