@@ -15,9 +15,10 @@ from ._job import Job, Part, passes
 from ._source import Abstract
 
 # Fitted to measurements. The largest group is in memory as it is read and, in part, as it is
-# written and in the buffers of Orbax, which also keeps a cache. Beside it are the groups before and
-# after, which are of the usual size when a single leaf makes the largest.
-_LARGEST, _OTHERS = 2.0, 1.5
+# written; and in the buffers of Orbax, which also keeps a cache, but not in any of safetensors.
+# Beside it are the groups before and after, which are of the usual size when a single leaf makes
+# the largest.
+_LARGEST, _LARGEST_OF_SAFETENSORS, _OTHERS = 2.0, 1.25, 1.5
 _BUFFERS = 180 << 20
 # The largest leaf is rarely at work while both groups are whole.
 _WORK = 0.8
@@ -28,7 +29,9 @@ def peak_bytes(job: Job, chunk_bytes: int) -> int:
     sizes = {n: (job.stored_bytes(part, n), part) for part in job.parts for n in part.names}
     largest = max(size for size, _ in sizes.values())
     total = sum(size for size, _ in sizes.values())
-    groups = _LARGEST * min(max(chunk_bytes, largest), total) + _OTHERS * min(chunk_bytes, total)
+    orbax = any(model.checkpoint.tensors is None for model in job.models.values())
+    held = _LARGEST if orbax else _LARGEST_OF_SAFETENSORS
+    groups = held * min(max(chunk_bytes, largest), total) + _OTHERS * min(chunk_bytes, total)
     heaviest: dict[Any, tuple[int, str, Part]] = {}
     for name, (size, part) in sizes.items():
         if part.method is not None and is_float(job.reference.leaves[name]):
