@@ -1,7 +1,7 @@
 r"""The optimizer: low-rank momentum of the preconditioned gradient.
 
 For a matrix W (m, n) with gradient G, at step t, with ``ema_b = b * old + (1 - b) * new``,
-``w1 = 1 - b1^t`` and ``w2 = 1 - b2^t``:
+``w1 = 1 - b1^t`` and ``w2 = 1 - b2^t`` (the total weights of the averages, also where b2 changes):
 
 .. math::
     R &= ema_{b2}(G^2 1), \quad C = ema_{b2}(1^T G^2) \\
@@ -50,7 +50,7 @@ class ScaleByMomaState(NamedTuple):
     Attributes:
       count: Number of updates so far, int32.
       mu_weight: Total weight of the momentum's moving average, 1 - b1^count.
-      nu_weight: Total weight of the second moments' moving average, 1 - b2^count.
+      nu_weight: Total weight of the second moments' moving average; 1 - b2^count for a constant b2.
       U: Left factors of the momentum, (m, r), orthonormal columns.
       s: Lengths, (r,).
       V: Right factors, (n, r), unit columns.
@@ -121,7 +121,7 @@ class _Hyper(NamedTuple):
 def scale_by_moma(
     rank: int = 32,
     b1: Scalar = 0.9,
-    b2: Scalar = 0.999,
+    b2: optax.ScalarOrSchedule = 0.999,
     *,
     eps: Scalar = 1e-8,
     residual: Scalar = 1.0,
@@ -144,7 +144,9 @@ def scale_by_moma(
     Args:
       rank: Columns of the momentum's factors, r >= 1 (at most min(m, n) are kept).
       b1: Decay of the momentum, in [0, 1).
-      b2: Decay of the second moments R and C, in [0, 1).
+      b2: Decay of the second moments R and C, in [0, 1); or a schedule of the updates' count. That
+        of Adafactor, :math:`1 - t^{-0.8}`, soon forgets the large gradients of the first steps:
+        ``lambda count: 1 - (count + 1) ** -0.8``.
       eps: The preconditioner counts no row, column or entry as less than this share of the average
         one. Relative: a loss multiplied by a constant gives the same updates.
       residual: Multiplies the part of the gradient outside the subspace; 0 leaves it out.
@@ -200,7 +202,8 @@ def scale_by_moma(
     if not isinstance(power_iterations, jax.Array):
         power_iterations = check_integer("power_iterations", power_iterations, lowest=1)
     check_decay("b1", b1)
-    check_decay("b2", b2)
+    if not callable(b2):
+        check_decay("b2", b2)
     check_not_negative("eps", eps)
     check_not_negative("residual", residual)
     check_not_negative("clip_rms", clip_rms)
@@ -257,11 +260,11 @@ def scale_by_moma(
     ) -> tuple[optax.Updates, optax.OptState]:
         del params, extra_args
         plain = unboxed(updates)
-        rate: Any = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        rate, decay = (x(state.count) if callable(x) else x for x in (learning_rate, b2))
         hyper = _Hyper(
-            b1, b2, eps, residual, clip_rms, power_iterations, rate,
+            b1, decay, eps, residual, clip_rms, power_iterations, rate,
             mu_weight=moments.ema(state.mu_weight, jnp.ones((), jnp.float32), b1),
-            nu_weight=moments.ema(state.nu_weight, jnp.ones((), jnp.float32), b2),
+            nu_weight=moments.ema(state.nu_weight, jnp.ones((), jnp.float32), decay),
         )  # fmt: skip
         leaves, treedef = jax.tree.flatten(updates, is_leaf=is_none)
         kinds = layouts(plain, weight_dimension_numbers, min_dim_size_to_factor)
@@ -410,7 +413,7 @@ def moma(
     learning_rate: optax.ScalarOrSchedule,
     rank: int = 32,
     b1: Scalar = 0.9,
-    b2: Scalar = 0.999,
+    b2: optax.ScalarOrSchedule = 0.999,
     *,
     min_dim_size_to_factor: int = 128,
     weight_decay: Scalar = 0.0,
@@ -449,7 +452,7 @@ def moma(
       learning_rate: A number or a schedule.
       rank: Columns of the momentum's factors, an integer >= 1.
       b1: Decay of the momentum, in [0, 1).
-      b2: Decay of the second moments, in [0, 1).
+      b2: Decay of the second moments, in [0, 1), or a schedule.
       min_dim_size_to_factor: A matrix with fewer rows or columns gets Adam's moments.
       weight_decay: Decoupled decay, multiplied by the learning rate.
       mask: Where to decay: a tree of booleans, or a callable from parameters to one.

@@ -46,7 +46,7 @@ COLUMNS = (
 IDENTITY = ("optimizer", "lr", "seed", "vocabulary", "width", "layers", "length", "batch", "steps")
 """What makes two runs the same."""
 
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+RATES = (1e-3, 2e-3, 4e-3)
 REACH = 4
 """How far beyond the grid a best rate is followed."""
 
@@ -81,12 +81,15 @@ class Stage(NamedTuple):
       base: the run that all share.
       optimizers: as ``optimizers.make`` takes them.
       seeds: the first is tuned with, over the grid; the others run at the best rate.
+      rates: the grid, which grows while the best rate is its end; with a single rate nothing is
+        tuned.
     """
 
     name: str
     base: Config
     optimizers: tuple[str, ...]
     seeds: tuple[int, ...]
+    rates: tuple[float, ...] = RATES
 
 
 W128 = Config(vocabulary=1024, width=128, layers=4, length=256, batch=8, steps=400, save_every=200)
@@ -136,10 +139,10 @@ def best_rate(found: dict[float, float]) -> float:
     return min(found, key=lambda rate: found[rate] if math.isfinite(found[rate]) else math.inf)
 
 
-def next_rates(found: dict[float, float]) -> list[float]:
+def next_rates(found: dict[float, float], grid: tuple[float, ...] = RATES) -> list[float]:
     """The rates still to try: the grid's, then past its ends while the best one is an end."""
-    missing = [rate for rate in RATES if rate not in found]
-    if missing:
+    missing = [rate for rate in grid if rate not in found]
+    if missing or len(grid) == 1:
         return missing
     best = best_rate(found)
     further = {min(found): best / 2, max(found): best * 2}.get(best)
@@ -159,7 +162,7 @@ def plan(stages: Iterable[Stage], rows: Iterable[Row]) -> list[Job]:
                 config = dataclasses.replace(base, lr=round(rate, 10), seed=stage.seeds[0])
                 if identity(config) in losses:
                     tuned[config.lr] = losses[identity(config)]
-            missing = next_rates(tuned)
+            missing = next_rates(tuned, stage.rates)
             pairs = [(rate, stage.seeds[0]) for rate in [*tuned, *missing]]
             if not missing:
                 pairs += [(best_rate(tuned), seed) for seed in stage.seeds[1:]]
