@@ -3,6 +3,8 @@
 An optimizer is written as its name and its own arguments, e.g. ``moma:rank=16,residual=0``:
 
     clip by global norm -> the optimizer's scaling -> decoupled weight decay -> learning rate
+
+``b2=rising`` gives moma the decay of Adafactor's second moments.
 """
 
 import ast

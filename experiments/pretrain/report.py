@@ -113,7 +113,7 @@ def lines(group: dict[str, Tuned]) -> list[tuple[str, ...]]:
         (
             name,
             f"{100 * t.share:.1f}",
-            f"{t.rate:g}",
+            f"{t.rate:g}" + (" (only one)" if len(t.curve) == 1 else ""),
             str(len(t.losses)),
             f"{t.mean:.4f}",
             number(t.spread, ".4f"),
@@ -170,9 +170,8 @@ def families(group: dict[str, Tuned]) -> dict[str, list[tuple[int, Tuned]]]:
 
 def figures(size: Size, group: dict[str, Tuned], folder: Path) -> None:
     """Loss against state, loss against rank, loss against learning rate."""
-    # Variants of one optimizer's parts stand in the table; the figures are of the main ones.
-    shown = (*optimizers.SCALINGS, "adafactor:b1=0.9")
-    main = {name: result for name, result in group.items() if family(name) in shown}
+    # What ran at one rate only stands in the table.
+    main = {name: result for name, result in group.items() if len(result.curve) > 1}
 
     def draw(kind: str, x_label: str, ticks: list[float] | None = None) -> tuple:
         fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
@@ -205,7 +204,9 @@ def figures(size: Size, group: dict[str, Tuned], folder: Path) -> None:
         ax.axhline(group["adamw"].mean, color="black", linestyle=":", label="adamw")
     close(fig, ax, path)
 
-    fig, ax, path = draw("rates", "learning rate", list(RATES))
+    fig, ax, path = draw(
+        "rates", "learning rate", sorted({r for t in main.values() for r in t.curve})
+    )
     for name, t in main.items():
         finite = {rate: loss for rate, loss in t.curve.items() if math.isfinite(loss)}
         ax.plot(list(finite), list(finite.values()), marker="o", label=name)
@@ -226,7 +227,9 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     groups = tuned(rows)
     for size, group in groups.items():
-        table = Table(*HEADER, title=title(size))
+        table = Table(title=title(size))
+        for name in HEADER:
+            table.add_column(name, overflow="fold", no_wrap=name == "optimizer")
         for line in lines(group):
             table.add_row(*line)
         Console().print(table)

@@ -50,27 +50,20 @@ RATES = (1e-3, 2e-3, 4e-3)
 REACH = 4
 """How far beyond the grid a best rate is followed."""
 
-RANKS = tuple(f"moma:rank={r}" for r in (4, 8, 16, 32, 64, 128))
+FULL = "b2=rising,residual=4.0"
+"""Adafactor's decay, and more of the gradient outside the subspace: what helped at width 128."""
+MOMA = f"moma:rank=16,{FULL},b1=0.98"
 FIRST = (
-    "adamw", "moma:rank=16", "moma:rank=4", "adafactor", "galore:rank=16", "muon",
-    "adafactor:b1=0.9", "moma:rank=8", "galore:rank=4", "moma:rank=32",
+    "adamw", "moma:rank=16", "moma:rank=4", "adafactor", "moma:rank=4,b2=rising",
+    "moma:rank=4,b2=0.95", "adamw:b2=0.95", "adafactor:b1=0.9", f"moma:rank=4,{FULL}",
 )  # fmt: skip
-FINALISTS = (
-    "adamw", "moma:rank=32", "moma:rank=16", "adafactor", "galore:rank=16", "moma:rank=8", "muon",
-    "adafactor:b1=0.9",
+PARTS = (
+    f"moma:rank=4,{FULL},b1=0.95", f"moma:rank=4,{FULL},b1=0.98", f"moma:rank=16,{FULL}",
+    f"moma:rank=16,{FULL},b1=0.95", MOMA, f"moma:rank=16,{FULL},b1=0.99", "adamw:b1=0.5,b2=0.95",
 )  # fmt: skip
-PARTS = tuple(
-    f"moma:rank=8,{part}"
-    for part in (
-        "residual=0.0", "residual=0.5", "error_dtype=float32", "error_dtype=bfloat16",
-        "error_dtype=int8", "power_iterations=2", "clip_rms=1e9", "mu_dtype=bfloat16", "b1=0.95",
-        "b1=0.8", "b2=0.99", "b2=0.95",
-    )
-)  # fmt: skip
-PEERS = (
-    "adamw:b2=0.99", "adamw:b2=0.95", "adamw:b1=0.95", "adamw:b1=0.8",
-    "galore:rank=16,update_proj_gap=50",
-)  # fmt: skip
+FINALISTS = (MOMA, "adamw:b1=0.5,b2=0.95", "adafactor", "adamw")
+PEERS = ("galore:rank=16", "muon", "galore:rank=4")
+LEANER = tuple(MOMA.replace("rank=16", f"rank={r}") for r in (8, 4, 32))
 
 
 class Stage(NamedTuple):
@@ -97,15 +90,16 @@ W256 = Config(vocabulary=1024, width=256, layers=4, length=256, batch=8, steps=5
 W512 = Config(vocabulary=1024, width=512, layers=6, length=256, batch=8, steps=600, save_every=50)
 STAGES = (
     Stage("tune", W128, FIRST, (0,)),
-    Stage("seeds", W128, FIRST, (0, 1, 2)),
-    Stage("ranks", W128, RANKS, (0, 1, 2)),
-    Stage("parts", W128, PARTS, (0,)),
-    Stage("peers' settings", W128, PEERS, (0,)),
-    Stage("as published", W128, ("umtam:rank=8",), (0, 1, 2)),
-    Stage("batch", dataclasses.replace(W128, batch=32), ("adamw", "moma:rank=16"), (0,)),
+    Stage("parts", W128, PARTS, (0,), (2e-3,)),
+    Stage("seeds", W128, (MOMA, "adafactor"), (0, 1, 2), (2e-3,)),
     Stage("tune", W256, FINALISTS, (0,)),
     Stage("seeds", W256, FINALISTS, (0, 1, 2)),
-    Stage("tune", W512, ("adamw", "moma:rank=16", "moma:rank=32", "adafactor"), (0,)),
+    Stage("tune", W256, (*PEERS, *LEANER), (0,)),
+    Stage("seeds", W256, (*PEERS, *LEANER), (0, 1, 2)),
+    Stage("tune", W128, (*PEERS, *LEANER), (0,)),
+    Stage("as published", W128, ("umtam:rank=8",), (0, 1, 2)),
+    Stage("batch", dataclasses.replace(W128, batch=32), ("adamw", MOMA), (0,)),
+    Stage("tune", W512, ("adamw", MOMA, "adafactor"), (0,)),
 )
 QUICK = (
     Stage(
