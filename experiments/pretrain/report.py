@@ -1,6 +1,6 @@
-"""Tables and figures of the study, from its results.csv alone.
+"""Tables and figures of the study, from its results alone.
 
-    python -m experiments.pretrain.report            # prints, writes report.md and *.png
+    python -m experiments.pretrain.report            # prints; fills RESULTS.md, draws the figures
 
 An optimizer stands with the learning rate that had the lowest validation loss with seed 0, and with
 the mean over all seeds at that rate. Sensitivity is the area under the curve of validation loss
@@ -21,8 +21,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from experiments import pages
+
 from . import optimizers
-from .study import RATES, RESULTS, Row, best_rate, read
+from .study import RATES, RESULTS, Row, best_rate, latest, read
 
 matplotlib.use("Agg")  # figures go to files
 from matplotlib import pyplot as plt
@@ -130,22 +132,22 @@ def title(size: Size) -> str:
     return f"width {width}, {layers} layers, {steps} steps of {batch} x {length} tokens"
 
 
-def markdown(groups: dict[Size, dict[str, Tuned]], rows: list[Row]) -> str:
-    """All tables as Markdown, with where and in what time they were made."""
-    parts = ["# Pretraining: what an optimizer's state buys", ""]
-    for size, group in groups.items():
-        parts += [f"## {title(size)[0].upper()}{title(size)[1:]}", ""]
-        parts += ["| " + " | ".join(HEADER) + " |", "|" + " --- |" * len(HEADER)]
-        parts += ["| " + " | ".join(line) + " |" for line in lines(group)]
+def markdown(rows: list[Row], folder: Path) -> str:
+    """All tables as Markdown, with where and in what time they were made; draws the figures."""
+    rows, parts = latest(rows), []
+    for size, group in tuned(rows).items():
         own = [row for row in rows if size_of(row) == size]
         hours = sum(float(row["seconds"]) for row in own) / 3600
         machines = ", ".join(sorted({row["machine"] for row in own}))
-        digests = sorted({row["code"] for row in own})
-        parts += ["", f"{len(own)} runs, {hours:.2f} hours in all, on {machines}."]
-        parts += [f"Code of the optimizers: {', '.join(digests)}.", ""]
-        parts += [f"![{kind}]({stem(size)}_{kind}.png)" for kind in ("state", "rank", "rates")]
-        parts += [""]
-    return "\n".join(parts)
+        digests = ", ".join(sorted({row["code"] for row in own}))
+        parts += [
+            f"### {title(size)[0].upper()}{title(size)[1:]}",
+            pages.table(HEADER, lines(group)),
+            f"{len(own)} runs, {hours:.2f} hours in all, on {machines}. Code of the optimizers: "
+            f"{digests}.",
+            "\n".join(figures(size, group, folder)),
+        ]
+    return "\n\n".join(parts)
 
 
 def stem(size: Size) -> str:
@@ -168,41 +170,43 @@ def families(group: dict[str, Tuned]) -> dict[str, list[tuple[int, Tuned]]]:
     return {name: sorted(pairs, key=lambda p: p[0]) for name, pairs in found.items()}
 
 
-def figures(size: Size, group: dict[str, Tuned], folder: Path) -> None:
-    """Loss against state, loss against rank, loss against learning rate."""
+def figures(size: Size, group: dict[str, Tuned], folder: Path) -> list[str]:
+    """Loss against state, loss against rank, loss against learning rate: links to them."""
     # What ran at one rate only stands in the table.
     main = {name: result for name, result in group.items() if len(result.curve) > 1}
 
     def draw(kind: str, x_label: str, ticks: list[float] | None = None) -> tuple:
         fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+        pages.tidy(ax)
         ax.set(xscale="log", xlabel=x_label, ylabel="validation loss", title=title(size))
         if ticks:
             ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
             ax.minorticks_off()
         return fig, ax, folder / f"{stem(size)}_{kind}.png"
 
-    def close(fig, ax, path: Path) -> None:
+    def close(fig, ax, path: Path) -> str:
         ax.legend(fontsize=8)
-        fig.savefig(path, dpi=120)
+        link = pages.save(fig, path)
         plt.close(fig)
+        return link
 
     fig, ax, path = draw("state", "state, % of AdamW's", [1, 3, 10, 30, 100])
     for name, pairs in families(main).items():
         x, y = [100 * t.share for _, t in pairs], [t.mean for _, t in pairs]
         error = [0 if math.isnan(t.spread) else t.spread for _, t in pairs]
         ax.errorbar(x, y, error, marker="o", capsize=3, label=name)
-    close(fig, ax, path)
+    links = [close(fig, ax, path)]
 
-    ranks = sorted({r for pairs in families(main).values() for r, _ in pairs if r})
+    by_rank = {name: pairs for name, pairs in families(main).items() if len(pairs) > 1}
+    ranks = sorted({r for pairs in by_rank.values() for r, _ in pairs})
     fig, ax, path = draw("rank", "rank", [float(r) for r in ranks])
-    for name, pairs in families(main).items():
-        if pairs[0][0]:
-            error = [0 if math.isnan(t.spread) else t.spread for _, t in pairs]
-            x, y = [r for r, _ in pairs], [t.mean for _, t in pairs]
-            ax.errorbar(x, y, error, marker="o", capsize=3, label=name)
+    for name, pairs in by_rank.items():
+        error = [0 if math.isnan(t.spread) else t.spread for _, t in pairs]
+        x, y = [r for r, _ in pairs], [t.mean for _, t in pairs]
+        ax.errorbar(x, y, error, marker="o", capsize=3, label=name)
     if "adamw" in group:
         ax.axhline(group["adamw"].mean, color="black", linestyle=":", label="adamw")
-    close(fig, ax, path)
+    links.append(close(fig, ax, path))
 
     fig, ax, path = draw(
         "rates", "learning rate", sorted({r for t in main.values() for r in t.curve})
@@ -210,31 +214,30 @@ def figures(size: Size, group: dict[str, Tuned], folder: Path) -> None:
     for name, t in main.items():
         finite = {rate: loss for rate, loss in t.curve.items() if math.isfinite(loss)}
         ax.plot(list(finite), list(finite.values()), marker="o", label=name)
-    close(fig, ax, path)
+    links.append(close(fig, ax, path))
+    return links
 
 
 def main() -> None:
-    """Prints the tables; writes them and the figures."""
+    """Prints the tables; fills the page and draws the figures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--output", type=Path, default=None, help="by default beside the results")
+    parser.add_argument("--page", type=Path, default=RESULTS.parent.parent / "RESULTS.md")
     args = parser.parse_args()
-    rows, folder = read(args.results), args.output or args.results.parent
+    rows = read(args.results)
     if not rows:
         raise SystemExit(f"{args.results} has no results yet: run experiments.pretrain.study.")
-    folder.mkdir(parents=True, exist_ok=True)
-    groups = tuned(rows)
-    for size, group in groups.items():
+    for size, group in tuned(rows).items():
         table = Table(title=title(size))
         for name in HEADER:
             table.add_column(name, overflow="fold", no_wrap=name == "optimizer")
         for line in lines(group):
             table.add_row(*line)
         Console().print(table)
-        figures(size, group, folder)
-    (folder / "report.md").write_text(markdown(groups, rows))
+    block = pages.Block(args.results.stem, "Validation loss", markdown)
+    pages.write_report(args.results.parent, args.page, {"study": block})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a training step needs on TPUs that are not there: compiled for them, never run.
 
     pip install "jax[tpu]"                              # the compiler, on any x86-64 machine
-    python -m experiments.pretrain.scale                # prints the table, writes scale.csv
+    python -m experiments.pretrain.scale                # prints the table, writes results/scale.csv
     python -m experiments.pretrain.scale --only gpt2    # the 124 M model alone
     python -m experiments.pretrain.scale --state        # what chips hold, without compiling
 
@@ -37,6 +37,7 @@ from rich.table import Table
 from . import model, optimizers
 from .program import AXES, Program, build
 
+RESULTS = Path(__file__).parent / "results" / "scale.csv"
 LARGE = model.Config(
     vocabulary=50304,
     width=4096,
@@ -271,7 +272,7 @@ def main() -> None:
     parser.add_argument("--optimizers", nargs="+", default=OPTIMIZERS)
     parser.add_argument("--state", action="store_true", help="bytes held by a chip; no compiler")
     parser.add_argument("--what", nargs="+", choices=("step", "update"), default=("step", "update"))
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("scale.csv"))
+    parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     if args.state:
         print_holdings(args.optimizers, args.only)

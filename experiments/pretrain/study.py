@@ -5,10 +5,11 @@
     python -m experiments.pretrain.study --status    # how much is done, and how long the rest takes
     python -m experiments.pretrain.study --quick     # the same in two minutes, to see that it works
 
-Each finished run appends a line to ``results.csv``, and is never run again; a run that was stopped
-goes on from its checkpoint. Every optimizer gets the same steps, the same data and the same grid of
-learning rates, with seed 0. Where the best rate is the lowest or highest of those tried, the grid
-grows that way by a factor of two. Further seeds are run at the best rate.
+Each finished run appends a line to ``results/study.csv``, and is never run again; a run that was
+stopped goes on from its checkpoint. Every optimizer gets the same steps, the same data and the same
+grid of learning rates, with seed 0. Where the best rate is the lowest or highest of those tried,
+the grid grows that way by a factor of two. Further seeds are run at the best rate. Stages of one
+rate compare parts of an optimizer: nothing is tuned there.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from . import optimizers
 from .train import Config
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results.csv"
+RESULTS = HERE / "results" / "study.csv"
 RUNS = HERE / "runs"
 COLUMNS = (
     "stage", "optimizer", "lr", "seed", "vocabulary", "width", "layers", "length", "batch",
@@ -171,7 +172,12 @@ def read(path: Path) -> list[Row]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return list({identity(row): row for row in csv.DictReader(file)}.values())
+        return latest(csv.DictReader(file))
+
+
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """The last row of each run."""
+    return list({identity(row): row for row in rows}.values())
 
 
 def append(path: Path, row: dict[str, Any]) -> None:

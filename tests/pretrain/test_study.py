@@ -115,10 +115,13 @@ def test_code_changes_with_code_and_not_with_comments(tmp_path, monkeypatch):
 
 def test_report(results, tmp_path, monkeypatch, capsys):
     path, _ = results
-    monkeypatch.setattr(sys, "argv", ["report", "--results", str(path)])
+    page = tmp_path / "RESULTS.md"
+    page.write_text("# Prose\n\n<!-- study -->\nold\n<!-- end study -->\n\nmore\n")
+    monkeypatch.setattr(sys, "argv", ["report", "--results", str(path), "--page", str(page)])
     report.main()
     assert "width 128, 4 layers, 400 steps of 8 x 256 tokens" in capsys.readouterr().out
-    text = (tmp_path / "report.md").read_text()
+    text = page.read_text()
+    assert text.startswith("# Prose") and text.endswith("more\n") and "old" not in text
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     table = {row[0]: row[1:] for row in rows if len(row) == len(report.HEADER)}
     # Mean of 4, 4.01 and 4.02, less a half for moma; standard deviation 0.01.
