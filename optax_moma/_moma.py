@@ -260,7 +260,7 @@ def scale_by_moma(
     ) -> tuple[optax.Updates, optax.OptState]:
         del params, extra_args
         plain = unboxed(updates)
-        rate, decay = (x(state.count) if callable(x) else x for x in (learning_rate, b2))
+        rate, decay = (_at(state.count, number) for number in (learning_rate, b2))
         hyper = _Hyper(
             b1, decay, eps, residual, clip_rms, power_iterations, rate,
             mu_weight=moments.ema(state.mu_weight, jnp.ones((), jnp.float32), b1),
@@ -287,6 +287,10 @@ def scale_by_moma(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _at(count: jax.Array, number: optax.ScalarOrSchedule) -> Any:
+    return number(count) if callable(number) else number
 
 
 def _matrix_step(
