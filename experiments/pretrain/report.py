@@ -198,15 +198,16 @@ def figures(size: Size, group: dict[str, Tuned], folder: Path) -> list[str]:
     links = [close(fig, ax, path)]
 
     by_rank = {name: pairs for name, pairs in families(main).items() if len(pairs) > 1}
-    ranks = sorted({r for pairs in by_rank.values() for r, _ in pairs})
-    fig, ax, path = draw("rank", "rank", [float(r) for r in ranks])
-    for name, pairs in by_rank.items():
-        error = [0 if math.isnan(t.spread) else t.spread for _, t in pairs]
-        x, y = [r for r, _ in pairs], [t.mean for _, t in pairs]
-        ax.errorbar(x, y, error, marker="o", capsize=3, label=name)
-    if "adamw" in group:
-        ax.axhline(group["adamw"].mean, color="black", linestyle=":", label="adamw")
-    links.append(close(fig, ax, path))
+    if by_rank:
+        ranks = sorted({r for pairs in by_rank.values() for r, _ in pairs})
+        fig, ax, path = draw("rank", "rank", [float(r) for r in ranks])
+        for name, pairs in by_rank.items():
+            error = [0 if math.isnan(t.spread) else t.spread for _, t in pairs]
+            x, y = [r for r, _ in pairs], [t.mean for _, t in pairs]
+            ax.errorbar(x, y, error, marker="o", capsize=3, label=name)
+        if "adamw" in group:
+            ax.axhline(group["adamw"].mean, color="black", linestyle=":", label="adamw")
+        links.append(close(fig, ax, path))
 
     fig, ax, path = draw(
         "rates", "learning rate", sorted({r for t in main.values() for r in t.curve})
