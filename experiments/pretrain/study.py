@@ -62,9 +62,19 @@ PARTS = (
     f"moma:rank=4,{FULL},b1=0.95", f"moma:rank=4,{FULL},b1=0.98", f"moma:rank=16,{FULL}",
     f"moma:rank=16,{FULL},b1=0.95", MOMA, f"moma:rank=16,{FULL},b1=0.99", "adamw:b1=0.5,b2=0.95",
 )  # fmt: skip
+BETAS = ("adamw:b1=0.8,b2=0.95", "adamw:b1=0.0,b2=0.95")
+WITHOUT = tuple(
+    f"moma:rank=16,b2=rising,b1=0.98,{part}"
+    for part in (
+        "residual=0.0", "residual=1.0", "residual=2.0", "residual=8.0",
+        "residual=4.0,error_dtype=float32", "residual=4.0,error_dtype=bfloat16",
+        "residual=4.0,error_dtype=int8", "residual=4.0,power_iterations=2",
+        "residual=4.0,clip_rms=1e9", "residual=4.0,mu_dtype=bfloat16",
+    )
+)  # fmt: skip
 FINALISTS = (MOMA, "adamw:b1=0.5,b2=0.95", "adafactor", "adamw")
 PEERS = ("galore:rank=16", "muon", "galore:rank=4")
-LEANER = tuple(MOMA.replace("rank=16", f"rank={r}") for r in (8, 4, 32))
+LEANER = tuple(MOMA.replace("rank=16", f"rank={r}") for r in (8, 4, 32, 64, 128))
 
 
 class Stage(NamedTuple):
@@ -95,9 +105,11 @@ STAGES = (
     Stage("seeds", W128, (MOMA, "adafactor"), (0, 1, 2), (2e-3,)),
     Stage("tune", W256, FINALISTS, (0,)),
     Stage("seeds", W256, FINALISTS, (0, 1, 2)),
-    Stage("tune", W256, (*PEERS, *LEANER), (0,)),
-    Stage("seeds", W256, (*PEERS, *LEANER), (0, 1, 2)),
+    Stage("tune", W256, (*PEERS, *LEANER[:3]), (0,)),
+    Stage("seeds", W256, (*PEERS, *LEANER[:3]), (0, 1, 2)),
     Stage("tune", W128, (*PEERS, *LEANER), (0,)),
+    Stage("betas", W128, BETAS, (0,)),
+    Stage("parts", W128, WITHOUT, (0,), (2e-3,)),
     Stage("as published", W128, ("umtam:rank=8",), (0, 1, 2)),
     Stage("batch", dataclasses.replace(W128, batch=32), ("adamw", MOMA), (0,)),
     Stage("tune", W512, ("adamw", MOMA, "adafactor"), (0,)),

@@ -1,8 +1,8 @@
 """Memory that is freed and needed again, leaf after leaf, kept by the process in between.
 
 The C library gives large arrays back to the system when they are freed, and the system clears every
-page that it hands out: of a merge that reads gigabytes through buffers of megabytes, a quarter of
-the processors' time. A program that merges and then ends may keep its pages instead.
+page that it hands out: a good share of the processors' time in a merge that reads gigabytes through
+buffers of megabytes. A program that merges and then ends may keep its pages instead.
 """
 
 import ctypes
@@ -18,9 +18,10 @@ _OPTIONS = {
 
 
 def keep_pages() -> bool:
-    """Has this process keep the pages of freed arrays, from now on; its peak memory is the same.
+    """Has this process keep the pages of freed arrays, from now on, for arrays to come.
 
-    For programs, not for libraries: it changes the allocator of everything in the process.
+    For programs, not for libraries: it changes the allocator of everything in the process, which
+    then gives no memory back before it ends. Arrays of 2 GiB and more are given back as before.
 
     Returns:
       Whether the C library knows how: glibc does.
