@@ -1,21 +1,22 @@
 r"""The optimizer: low-rank momentum of the preconditioned gradient.
 
 For a matrix W (m, n) with gradient G, at step t, with ``ema_b = b * old + (1 - b) * new``,
-``w1 = 1 - b1^t`` and ``w2 = 1 - b2^t`` (the total weights of the averages, also where b2 changes):
+``w1 = 1 - b1^t`` and ``w2 = 1 - b2^t``:
 
 .. math::
     R &= ema_{b2}(G^2 1), \quad C = ema_{b2}(1^T G^2) \\
     \hat G &= G \odot P, \quad P = (R C^T / \textstyle\sum R / w_2)^{-1/2} \\
     Q &= orth\big((b_1 U s V^T + (1 - b_1) \hat G) V\big), \quad B = \hat G^T Q \\
     U s V^T &\leftarrow Q Q^T (b_1 U s V^T + (1 - b_1) \hat G) \\
-    \Delta &= U s V^T / w_1 + \rho (I - Q Q^T) \hat G, \quad
-    \rho = \min(1, \lVert s \rVert / (w_1 \lVert B \rVert)) \\
+    \Delta &= U \min(s / w_1, \sqrt{\max(m, n)}) V^T + (\hat G - Q B^T) \\
     \Delta &\leftarrow \Delta / \max(1, RMS(\Delta))
 
 P is rank one, so preconditioning scales rows and columns of thin products. The momentum lives in
 the preconditioned space: what its truncation drops is then what matters least for the step. What
-falls outside the subspace is not remembered, but the current gradient's share of it is applied,
-scaled by how much averaging shrinks the gradient inside: full-rank updates, at no state.
+falls outside the subspace is not remembered, but the current gradient's share of it is applied:
+full-rank updates, at no state. No direction of the momentum moves further than it would in an
+orthogonal update of the same RMS, as Muon's is; else the few that all gradients of early training
+share would leave the others nothing of the last line's RMS.
 """
 
 from typing import Any, NamedTuple
@@ -50,7 +51,7 @@ class ScaleByMomaState(NamedTuple):
     Attributes:
       count: Number of updates so far, int32.
       mu_weight: Total weight of the momentum's moving average, 1 - b1^count.
-      nu_weight: Total weight of the second moments' moving average; 1 - b2^count for a constant b2.
+      nu_weight: Total weight of the second moments' moving average, 1 - b2^count.
       U: Left factors of the momentum, (m, r), orthonormal columns.
       s: Lengths, (r,).
       V: Right factors, (n, r), unit columns.
@@ -111,6 +112,7 @@ class _Hyper(NamedTuple):
     b2: Scalar
     eps: Scalar
     residual: Scalar
+    clip_spectral: Scalar
     clip_rms: Scalar
     power_iterations: int | jax.Array
     learning_rate: Scalar
@@ -121,10 +123,11 @@ class _Hyper(NamedTuple):
 def scale_by_moma(
     rank: int = 32,
     b1: Scalar = 0.9,
-    b2: optax.ScalarOrSchedule = 0.999,
+    b2: Scalar = 0.999,
     *,
     eps: Scalar = 1e-8,
     residual: Scalar = 1.0,
+    clip_spectral: Scalar = 1.0,
     clip_rms: Scalar = 1.0,
     power_iterations: int | jax.Array = 1,
     min_dim_size_to_factor: int = 128,
@@ -144,12 +147,12 @@ def scale_by_moma(
     Args:
       rank: Columns of the momentum's factors, r >= 1 (at most min(m, n) are kept).
       b1: Decay of the momentum, in [0, 1).
-      b2: Decay of the second moments R and C, in [0, 1); or a schedule of the updates' count. That
-        of Adafactor, :math:`1 - t^{-0.8}`, soon forgets the large gradients of the first steps:
-        ``lambda count: 1 - (count + 1) ** -0.8``.
+      b2: Decay of the second moments R and C, in [0, 1).
       eps: The preconditioner counts no row, column or entry as less than this share of the average
         one. Relative: a loss multiplied by a constant gives the same updates.
       residual: Multiplies the part of the gradient outside the subspace; 0 leaves it out.
+      clip_spectral: Largest length of one of the momentum's directions (they converge to singular
+        values), in units of :math:`\sqrt{\max(m, n)}`; ``inf`` for none.
       clip_rms: Largest root mean square of a leaf's update, as in Adafactor; ``inf`` for none.
       power_iterations: Subspace iterations per step, >= 1, of two thin products with the gradient
         each. More follow the momentum's best rank-r part more closely.
@@ -177,8 +180,8 @@ def scale_by_moma(
       An ``optax.GradientTransformationExtraArgs``. It needs no params.
 
     Raises:
-      ValueError: rank < 1, b1 or b2 outside [0, 1), a negative eps, residual or clip_rms, dimension
-        numbers that do not fit a leaf, an error_dtype that is none of the three.
+      ValueError: rank < 1, b1 or b2 outside [0, 1), a negative eps, residual, clip_spectral or
+        clip_rms, dimension numbers that do not fit a leaf, an error_dtype that is none of the three.
       TypeError: rank or min_dim_size_to_factor is not a Python integer. They fix shapes: under
         ``optax.inject_hyperparams`` name them in ``static_args``.
 
@@ -191,9 +194,10 @@ def scale_by_moma(
       ((256, 8), (256,), (512,))
 
     Source: momentum in a warm-started subspace after Ahn et al., "Dion: Distributed Orthonormalized
-    Updates", 2025; R, C and the clipping after Shazeer and Stern, "Adafactor", 2018; the scaled
-    residual after Chen et al., "Fira", 2024; the path integral after Zenke et al., "Continual
-    Learning Through Synaptic Intelligence", 2017.
+    Updates", 2025; R, C and the clipping by RMS after Shazeer and Stern, "Adafactor", 2018; the
+    residual after Chen et al., "Fira", 2024; the scale of the spectral clipping after Jordan et al.,
+    "Muon", 2024; the path integral after Zenke et al., "Continual Learning Through Synaptic
+    Intelligence", 2017.
     """
     rank = check_integer("rank", rank, lowest=1)
     min_dim_size_to_factor = check_integer(
@@ -202,10 +206,10 @@ def scale_by_moma(
     if not isinstance(power_iterations, jax.Array):
         power_iterations = check_integer("power_iterations", power_iterations, lowest=1)
     check_decay("b1", b1)
-    if not callable(b2):
-        check_decay("b2", b2)
+    check_decay("b2", b2)
     check_not_negative("eps", eps)
     check_not_negative("residual", residual)
+    check_not_negative("clip_spectral", clip_spectral)
     check_not_negative("clip_rms", clip_rms)
     _check_dtype("error_dtype", error_dtype, jnp.float32, jnp.bfloat16, jnp.int8)
     _check_dtype("mu_dtype", mu_dtype, jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16)
@@ -260,11 +264,11 @@ def scale_by_moma(
     ) -> tuple[optax.Updates, optax.OptState]:
         del params, extra_args
         plain = unboxed(updates)
-        rate, decay = (_at(state.count, number) for number in (learning_rate, b2))
+        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         hyper = _Hyper(
-            b1, decay, eps, residual, clip_rms, power_iterations, rate,
+            b1, b2, eps, residual, clip_spectral, clip_rms, power_iterations, rate,
             mu_weight=moments.ema(state.mu_weight, jnp.ones((), jnp.float32), b1),
-            nu_weight=moments.ema(state.nu_weight, jnp.ones((), jnp.float32), decay),
+            nu_weight=moments.ema(state.nu_weight, jnp.ones((), jnp.float32), b2),
         )  # fmt: skip
         leaves, treedef = jax.tree.flatten(updates, is_leaf=is_none)
         kinds = layouts(plain, weight_dimension_numbers, min_dim_size_to_factor)
@@ -287,10 +291,6 @@ def scale_by_moma(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _at(count: jax.Array, number: optax.ScalarOrSchedule) -> Any:
-    return number(count) if callable(number) else number
 
 
 def _matrix_step(
@@ -316,14 +316,14 @@ def _matrix_step(
             hyper.power_iterations,
         )
         B = inside / (1 - b1)
+        lengths = _lengths(factors.s, layout, hyper)
         total = _norm(unshared(p) * G * unshared(q))
-        momentum = jnp.linalg.norm(factors.s, axis=-1)[..., None, None] / w1
-        rho = hyper.residual * jnp.minimum(1, momentum / nonzero(_norm(B)))
-        outside = rho * jnp.sqrt(jnp.maximum(total**2 - _norm(B) ** 2, 0))
-        # U (s V^T / w1) + rho (G' - U B), whose length is known before it is formed.
-        clip = _clip(jnp.hypot(momentum, outside), layout, hyper.clip_rms)
-        K = clip * (transposed(factors.V) * (factors.s / w1)[..., None] - rho * B)
-        high = clip * rho * p
+        outside = hyper.residual * jnp.sqrt(jnp.maximum(total**2 - _norm(B) ** 2, 0))
+        # U (lengths V^T) + residual (G' - U B), whose norm is known before it is formed.
+        norm = jnp.hypot(jnp.linalg.norm(lengths, axis=-1)[..., None, None], outside)
+        clip = _clip(norm, layout, hyper.clip_rms)
+        K = clip * (transposed(factors.V) * lengths[..., None] - hyper.residual * B)
+        high = clip * hyper.residual * p
         step, error = contract("mr,rn->mn", factors.U, K) + high * G * q, state.error
         # The sums of G * step, from thin products: read for them, step would have to be stored.
         by_col, by_row = _weighted_square(q, G), _weighted_square(high, G)
@@ -340,11 +340,13 @@ def _matrix_step(
             lambda X: contract("mr,mn->rn", X, A),
             hyper.power_iterations,
         )
-        held, before = (
-            contract("mr,nr->mn", x.U * x.s[..., None, :], x.V) for x in (factors, Factors(U, s, V))
+        lengths = _lengths(factors.s, layout, hyper)
+        before, held, applied = (
+            contract("mr,nr->mn", x.U * x.s[..., None, :], x.V)
+            for x in (Factors(U, s, V), factors, factors._replace(s=lengths))
         )
         missed = b1 * before + A - held
-        step = (held + hyper.residual * missed) / w1
+        step = applied + hyper.residual / w1 * missed
         step = step * _clip(_norm(step), layout, hyper.clip_rms)
         rows, cols = moments.row_sums(G * step), moments.col_sums(G * step)
         error = quantize(missed) if isinstance(state.error, Blocks) else missed
@@ -392,6 +394,12 @@ def _decode(error: Any, dtype: DTypeLike) -> jax.Array:
     return dequantize(error, dtype) if isinstance(error, Blocks) else error.astype(dtype)
 
 
+def _lengths(s: jax.Array, layout: Layout, hyper: _Hyper) -> jax.Array:
+    """How far the momentum's directions move: their averages, none beyond ``clip_spectral``."""
+    largest = hyper.clip_spectral * max(layout.matrix_shape[-2:]) ** 0.5
+    return jnp.minimum(s / hyper.mu_weight, largest)
+
+
 def _clip(norm: jax.Array, layout: Layout, clip_rms: Scalar) -> jax.Array:
     """The factor that brings updates of these norms, (*batch, 1, 1), to an RMS of ``clip_rms``."""
     m, n = layout.matrix_shape[-2:]
@@ -417,13 +425,14 @@ def moma(
     learning_rate: optax.ScalarOrSchedule,
     rank: int = 32,
     b1: Scalar = 0.9,
-    b2: optax.ScalarOrSchedule = 0.999,
+    b2: Scalar = 0.999,
     *,
     min_dim_size_to_factor: int = 128,
     weight_decay: Scalar = 0.0,
     mask: Any = None,
     eps: Scalar = 1e-8,
     residual: Scalar = 1.0,
+    clip_spectral: Scalar = 1.0,
     clip_rms: Scalar = 1.0,
     power_iterations: int | jax.Array = 1,
     weight_dimension_numbers: Any = None,
@@ -445,8 +454,7 @@ def moma(
         \hat G &= G \odot (R C^T / (w_2 \textstyle\sum R))^{-1/2} \\
         U s V^T &\leftarrow Q Q^T (b_1 U s V^T + (1 - b_1) \hat G), \quad
         Q = orth((b_1 U s V^T + (1 - b_1) \hat G) V) \\
-        \Delta &= U s V^T / w_1 + \rho (I - Q Q^T) \hat G, \quad
-        \rho = \min(1, \lVert s \rVert / (w_1 \lVert Q^T \hat G \rVert)) \\
+        \Delta &= U \min(s / w_1, \sqrt{\max(m, n)}) V^T + (I - Q Q^T) \hat G \\
         W &\leftarrow W - \eta (\Delta / \max(1, RMS(\Delta)) + \lambda W)
 
     State of a matrix: ``(rank + 2) (m + n) + rank`` numbers, saliency included; AdamW holds
@@ -456,12 +464,13 @@ def moma(
       learning_rate: A number or a schedule.
       rank: Columns of the momentum's factors, an integer >= 1.
       b1: Decay of the momentum, in [0, 1).
-      b2: Decay of the second moments, in [0, 1), or a schedule.
+      b2: Decay of the second moments, in [0, 1).
       min_dim_size_to_factor: A matrix with fewer rows or columns gets Adam's moments.
       weight_decay: Decoupled decay, multiplied by the learning rate.
       mask: Where to decay: a tree of booleans, or a callable from parameters to one.
       eps: See :func:`scale_by_moma`, as for all arguments that follow.
       residual: Multiplies the part of the gradient outside the subspace.
+      clip_spectral: Largest length of a direction of the momentum, in units of sqrt(max(m, n)).
       clip_rms: Largest root mean square of a leaf's update.
       power_iterations: Subspace iterations per step.
       weight_dimension_numbers: Which axes of a leaf are fan-in and fan-out.
@@ -503,6 +512,7 @@ def moma(
             b2,
             eps=eps,
             residual=residual,
+            clip_spectral=clip_spectral,
             clip_rms=clip_rms,
             power_iterations=power_iterations,
             min_dim_size_to_factor=min_dim_size_to_factor,
