@@ -181,7 +181,7 @@ def scale_by_moma(
 
     Raises:
       ValueError: rank < 1, b1 or b2 outside [0, 1), a negative eps, residual, clip_spectral or
-        clip_rms, dimension numbers that do not fit a leaf, an error_dtype that is none of the three.
+        clip_rms, dimension numbers that do not fit a leaf, an error_dtype that is none of these.
       TypeError: rank or min_dim_size_to_factor is not a Python integer. They fix shapes: under
         ``optax.inject_hyperparams`` name them in ``static_args``.
 
@@ -195,8 +195,8 @@ def scale_by_moma(
 
     Source: momentum in a warm-started subspace after Ahn et al., "Dion: Distributed Orthonormalized
     Updates", 2025; R, C and the clipping by RMS after Shazeer and Stern, "Adafactor", 2018; the
-    residual after Chen et al., "Fira", 2024; the scale of the spectral clipping after Jordan et al.,
-    "Muon", 2024; the path integral after Zenke et al., "Continual Learning Through Synaptic
+    residual after Chen et al., "Fira", 2024; the scale of the spectral clipping after Jordan et
+    al., "Muon", 2024; the path integral after Zenke et al., "Continual Learning Through Synaptic
     Intelligence", 2017.
     """
     rank = check_integer("rank", rank, lowest=1)

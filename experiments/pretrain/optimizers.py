@@ -3,8 +3,6 @@
 An optimizer is written as its name and its own arguments, e.g. ``moma:rank=16,residual=0``:
 
     clip by global norm -> the optimizer's scaling -> decoupled weight decay -> learning rate
-
-``b2=rising`` gives moma the decay of Adafactor's second moments.
 """
 
 import ast
@@ -65,11 +63,6 @@ def muon(beta: float = 0.95) -> optax.GradientTransformation:
     )
 
 
-def rising(count: jax.typing.ArrayLike) -> jax.Array:
-    """Adafactor's decay of second moments, 1 - t^-0.8: it forgets the first steps soon."""
-    return 1 - jnp.float32(count + 1) ** -0.8
-
-
 SCALINGS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adamw": optax.scale_by_adam,
     "adafactor": adafactor,
@@ -101,8 +94,6 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
 def make(spec: str, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     """The optimizer that ``spec`` writes out, as a whole chain."""
     name, arguments = parse(spec)
-    if arguments.get("b2") == "rising":
-        arguments["b2"] = rising
     if name == "moma":
         arguments = {"learning_rate": learning_rate} | arguments
     return optax.chain(
