@@ -195,9 +195,9 @@ def scale_by_moma(
 
     Source: momentum in a warm-started subspace after Ahn et al., "Dion: Distributed Orthonormalized
     Updates", 2025; R, C and the clipping by RMS after Shazeer and Stern, "Adafactor", 2018; the
-    residual after Chen et al., "Fira", 2024; the scale of the spectral clipping after Jordan et
-    al., "Muon", 2024; the path integral after Zenke et al., "Continual Learning Through Synaptic
-    Intelligence", 2017.
+    residual after Chen et al., "Fira", 2024; the spectral clipping, free where the factors are at
+    hand, after Jiang et al., "Enhancing LLM Training via Spectral Clipping", 2026; the path
+    integral after Zenke et al., "Continual Learning Through Synaptic Intelligence", 2017.
     """
     rank = check_integer("rank", rank, lowest=1)
     min_dim_size_to_factor = check_integer(

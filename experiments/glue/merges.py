@@ -66,6 +66,14 @@ def _consensus(scale: float = 0.3) -> merging.Step:
     return merging.chain(merging.consensus(), merging.total(), merging.scale(scale))
 
 
+def _breadcrumbs(density: float = 0.9, scale: float = 0.3) -> merging.Step:
+    return merging.breadcrumbs(density, min(0.01, 1 - density), scale)
+
+
+def _della(density: float = 0.5, scale: float = 1.0) -> merging.Step:
+    return merging.della(density, min(0.15, density, 1 - density), scale)
+
+
 def _knots_ties(density: float = 0.2, scale: float = 1.0) -> merging.Step:
     inner = merging.knots(merging.trim(density), merging.elect(), merging.mean())
     return merging.chain(inner, merging.scale(scale))
@@ -76,8 +84,8 @@ METHODS: Mapping[str, Method] = {
     "task arithmetic": Method(merging.task_arithmetic),
     "TIES": Method(merging.ties),
     "DARE": Method(merging.dare),
-    "Breadcrumbs": Method(merging.breadcrumbs),
-    "DELLA": Method(merging.della),
+    "Breadcrumbs": Method(_breadcrumbs),
+    "DELLA": Method(_della),
     "SCE": Method(merging.sce),
     "PCB": Method(merging.pcb),
     "consensus": Method(_consensus),

@@ -4,6 +4,7 @@
     python -m experiments.glue.run fisher       # exact Fisher of each expert, with data
     python -m experiments.glue.run select       # keep a part of each task vector
     python -m experiments.glue.run merge        # every method, tuned on dev, reported on test
+    python -m experiments.glue.run together     # one model of all tasks, with all their data
     python -m experiments.glue.run ablate       # one step of moma's and umtam's merge taken out
     python -m experiments.glue.run statistics   # correlations, overlaps, conflicts, barriers
     python -m experiments.glue.run report       # tables, figures and RESULTS.md from the CSV files
@@ -102,6 +103,19 @@ def merge(
     sets = [names for names in stages.SETS if len(names) in size]
     for number, name in product(seed, optimizer):
         stages.merge(opened, name, number, chosen, sets, split, "merges")
+
+
+@app.command()
+def together(
+    optimizer: Optimizers = BOTH,
+    seed: Seeds = FIRST,
+    split: Split = "held",
+    results: Results = HERE / "results",
+) -> None:
+    """Trains one model on all tasks, at every rate: what merges are measured against."""
+    opened = open_study(ALL, Sizes(), results)
+    for number, name in product(seed, optimizer):
+        stages.together(opened, name, number, split)
 
 
 @app.command()

@@ -21,6 +21,8 @@ from .experts import Evaluator, Expert, Recipe, Study, about_expert, expert
 from .fisher import fisher_of, grams_of
 from .fisher import record as record_fisher
 from .merges import Choice, Method
+from .multitask import multitask
+from .multitask import recipe_of as joint_recipe
 from .tasks import Examples
 
 RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
@@ -238,39 +240,8 @@ def merge(
         heads = {name: own.head for name, own in experts.items()}
         fisher = cache(lambda name, recipes=recipes: fisher_of(study, recipes[name]))
         grams = cache(lambda name, recipes=recipes: grams_of(study, recipes[name]))
-        ceiling = {
-            part: {
-                name: _one(evaluate, name, own.head, part, own.encoder)
-                for name, own in experts.items()
-            }
-            for part in ("tune", split)
-        }
-
-        def record(
-            name: str,
-            scores: Mapping[str, float],
-            *,
-            tuned: bool = False,
-            choice: Choice | None = None,
-            seconds: float = 0.0,
-            label: dict[str, Any] = label,
-            best: Mapping[str, float] = ceiling[split],
-        ) -> None:
-            found = {"method": name, "tuned": tuned, "split": split}
-            for task, score in scores.items():
-                if not records.holds(**label, **found, task=task):
-                    records.add(
-                        **label,
-                        **found,
-                        task=task,
-                        setting=json.dumps(choice.setting) if choice else "default",
-                        scale=choice.scale if choice else 1.0,
-                        score=score,
-                        share=score / best[task],
-                        seconds=seconds,
-                        machine=machine(),
-                    )
-
+        ceiling = {part: _own_scores(evaluate, experts, part) for part in ("tune", split)}
+        record = partial(_record, records, label, split, ceiling[split])
         record("base", evaluate.primary(base, heads, split))
         record("experts", ceiling[split])
         for name in (name for name in methods if name in todo):
@@ -290,6 +261,42 @@ def merge(
             console.print(
                 f"{len(names)} of {optimizer}, seed {seed}: {name} {choice.setting} scale"
                 f" {choice.scale}: {100 * share:.1f} % on {split}"
+            )
+
+
+def _own_scores(evaluate: Evaluator, experts: Mapping[str, Expert], split: Any) -> dict[str, float]:
+    """What every expert scores on its own task."""
+    return {
+        name: _one(evaluate, name, own.head, split, own.encoder) for name, own in experts.items()
+    }
+
+
+def _record(
+    records: Records,
+    label: Mapping[str, Any],
+    split: str,
+    best: Mapping[str, float],
+    method: str,
+    scores: Mapping[str, float],
+    *,
+    tuned: bool = False,
+    choice: Choice | None = None,
+    seconds: float = 0.0,
+) -> None:
+    """Adds a line for every task's score, with its share of the expert's."""
+    found = {"method": method, "tuned": tuned, "split": split}
+    for task, score in scores.items():
+        if not records.holds(**label, **found, task=task):
+            records.add(
+                **label,
+                **found,
+                task=task,
+                setting=json.dumps(choice.setting) if choice else "default",
+                scale=choice.scale if choice else 1.0,
+                score=score,
+                share=score / best[task],
+                seconds=seconds,
+                machine=machine(),
             )
 
 
@@ -323,6 +330,36 @@ def _tuned(
     row = max(rows, key=lambda row: float(row["score"]))
     choice = Choice(json.loads(row["setting"]), float(row["scale"]), float(row["score"]))
     return choice, merges.merged(method, choice.setting, experts, base, curvature)
+
+
+def together(study: Study, optimizer: str, seed: int, split: Reported) -> None:
+    """One model trained on all tasks with their data: at the experts' rate, and at its own best."""
+    names, method = SETS[0], "one model of all tasks (data)"
+    label = {"optimizer": optimizer, "seed": seed, "experts": "+".join(names)}
+    setting = ("optimizer", "seed", "experts", "method")
+    records = Records(study.results / "merges.csv", (*setting, "tuned", "split", "task"))
+    tuning = Records(study.results / "merges_tuning.csv", (*setting, "setting", "scale"))
+    if records.holds(**label, method=method, tuned=True, split=split, task=names[-1]):
+        return
+    evaluate = Evaluator(halves(study))
+    experts = {name: expert(study, recipe_for(study, name, optimizer, seed)) for name in names}
+    ceiling = {part: _own_scores(evaluate, experts, part) for part in ("tune", split)}
+
+    def scores(rate: float, part: Any) -> dict[str, float]:
+        return evaluate.primary(*multitask(study, joint_recipe(names, optimizer, seed, rate)), part)
+
+    for rate in RATES:
+        line = label | {"method": method, "setting": json.dumps({"learning_rate": rate})}
+        if not tuning.holds(**line, scale=1.0):
+            share = np.mean(list(shares(scores(rate, "tune"), ceiling["tune"]).values()))
+            tuning.add(**line, scale=1.0, score=float(share))
+            console.print(f"all tasks, {optimizer}, rate {rate:g}: {100 * share:.1f} % on tune")
+    row = max(tuning.where(**label, method=method), key=lambda row: float(row["score"]))
+    best = json.loads(row["setting"])["learning_rate"]
+    for tuned, rate in ((False, learning_rate(study, optimizer)), (True, best)):
+        choice = Choice({"learning_rate": rate}, 1.0, float(row["score"]))
+        found = scores(rate, split)
+        _record(records, label, split, ceiling[split], method, found, tuned=tuned, choice=choice)
 
 
 # ------------------------------------------------------------------------------------- statistics

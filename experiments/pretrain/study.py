@@ -51,30 +51,24 @@ RATES = (1e-3, 2e-3, 4e-3)
 REACH = 4
 """How far beyond the grid a best rate is followed."""
 
-FULL = "b2=rising,residual=4.0"
-"""Adafactor's decay, and more of the gradient outside the subspace: what helped at width 128."""
-MOMA = f"moma:rank=16,{FULL},b1=0.98"
-FIRST = (
-    "adamw", "moma:rank=16", "moma:rank=4", "adafactor", "moma:rank=4,b2=rising",
-    "moma:rank=4,b2=0.95", "adamw:b2=0.95", "adafactor:b1=0.9", f"moma:rank=4,{FULL}",
+MOMA, LEAN = "moma:rank=16", "moma:rank=4"
+FIRST = ("adamw", MOMA, "adafactor", LEAN, "muon", "galore:rank=16", "galore:rank=4")
+BETAS = (
+    "adamw:b2=0.95", "adamw:b1=0.8,b2=0.95", "adamw:b1=0.5,b2=0.95", "adamw:b1=0.0,b2=0.95",
+    "moma:rank=16,b2=0.95", "moma:rank=16,b1=0.95", "moma:rank=16,b1=0.98", "moma:rank=16,b1=0.5",
+    "adafactor:b1=0.5", "adafactor:b1=0.9",
 )  # fmt: skip
-PARTS = (
-    f"moma:rank=4,{FULL},b1=0.95", f"moma:rank=4,{FULL},b1=0.98", f"moma:rank=16,{FULL}",
-    f"moma:rank=16,{FULL},b1=0.95", MOMA, f"moma:rank=16,{FULL},b1=0.99", "adamw:b1=0.5,b2=0.95",
-)  # fmt: skip
-BETAS = ("adamw:b1=0.8,b2=0.95", "adamw:b1=0.0,b2=0.95")
-WITHOUT = tuple(
-    f"moma:rank=16,b2=rising,b1=0.98,{part}"
+"""Four for AdamW as for moma, and all there is for Adafactor."""
+PARTS = tuple(
+    f"moma:rank=16,{part}"
     for part in (
-        "residual=0.0", "residual=1.0", "residual=2.0", "residual=8.0",
-        "residual=4.0,error_dtype=float32", "residual=4.0,error_dtype=bfloat16",
-        "residual=4.0,error_dtype=int8", "residual=4.0,power_iterations=2",
-        "residual=4.0,clip_rms=1e9", "residual=4.0,mu_dtype=bfloat16",
+        "residual=0.0", "residual=0.5", "clip_spectral=1e9", "clip_spectral=0.5",
+        "clip_spectral=2.0", "clip_rms=1e9", "power_iterations=2", "mu_dtype=bfloat16",
+        "error_dtype=float32", "error_dtype=bfloat16", "error_dtype=int8",
     )
 )  # fmt: skip
-FINALISTS = (MOMA, "adamw:b1=0.5,b2=0.95", "adafactor", "adamw")
-PEERS = ("galore:rank=16", "muon", "galore:rank=4")
-LEANER = tuple(MOMA.replace("rank=16", f"rank={r}") for r in (8, 4, 32, 64, 128))
+FINALISTS = ("adamw", MOMA, "adafactor", "moma:rank=8", "adamw:b1=0.5,b2=0.95", "muon")
+RANKS = tuple(f"moma:rank={r}" for r in (32, 64, 128))
 
 
 class Stage(NamedTuple):
@@ -101,16 +95,16 @@ W256 = Config(vocabulary=1024, width=256, layers=4, length=256, batch=8, steps=5
 W512 = Config(vocabulary=1024, width=512, layers=6, length=256, batch=8, steps=600, save_every=50)
 STAGES = (
     Stage("tune", W128, FIRST, (0,)),
+    Stage("tune", W256, FINALISTS[:4], (0,)),
+    Stage("seeds", W256, FINALISTS[:4], (0, 1, 2)),
+    Stage("seeds", W128, FIRST[:4], (0, 1, 2)),
+    Stage("tune", W256, FINALISTS[4:], (0,)),
+    Stage("seeds", W256, FINALISTS[4:], (0, 1, 2)),
     Stage("parts", W128, PARTS, (0,), (2e-3,)),
-    Stage("seeds", W128, (MOMA, "adafactor"), (0, 1, 2), (2e-3,)),
-    Stage("tune", W256, FINALISTS, (0,)),
-    Stage("seeds", W256, FINALISTS, (0, 1, 2)),
-    Stage("tune", W256, (*PEERS, *LEANER[:3]), (0,)),
-    Stage("seeds", W256, (*PEERS, *LEANER[:3]), (0, 1, 2)),
-    Stage("tune", W128, (*PEERS, *LEANER), (0,)),
     Stage("betas", W128, BETAS, (0,)),
-    Stage("parts", W128, WITHOUT, (0,), (2e-3,)),
-    Stage("as published", W128, ("umtam:rank=8",), (0, 1, 2)),
+    Stage("ranks", W128, RANKS, (0,)),
+    Stage("peers", W256, ("galore:rank=16", "galore:rank=8", LEAN), (0, 1, 2)),
+    Stage("as published", W128, ("umtam:rank=16",), (0, 1, 2)),
     Stage("batch", dataclasses.replace(W128, batch=32), ("adamw", MOMA), (0,)),
     Stage("tune", W512, ("adamw", MOMA, "adafactor"), (0,)),
 )

@@ -1,6 +1,7 @@
 """Experts are trained once, kept whole, and evaluated with their own heads."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -115,3 +116,31 @@ def test_too_few_examples(small):
     few = small.tasks["cola"]._replace(splits={"train": Examples(tokens[:10], targets[:10])})
     with pytest.raises(ValueError, match="cola has 10 examples to train on"):
         experts.train(small._replace(tasks={"cola": few}), Recipe("cola", "moma"))
+
+
+def test_one_model_of_all_tasks_is_an_expert_where_there_is_one_task(small):
+    """The same start; the same batches, in another order; so nearly the same model."""
+    from experiments.glue import multitask
+
+    recipe = multitask.recipe_of(["sick"], "adamw", 0, 1e-3)
+    encoder, heads = multitask.multitask(small, recipe)
+    assert list(heads) == ["sick"]
+    base = small.base
+    one = experts.train(small, recipe)[0]
+    drift, other = (
+        np.asarray(jax.flatten_util.ravel_pytree(jax.tree.map(jnp.subtract, model, base))[0])
+        for model in (encoder, one.encoder)
+    )
+    cosine = drift @ other / np.linalg.norm(drift) / np.linalg.norm(other)
+    assert 0.5 < cosine < 1 - 1e-6
+
+
+def test_one_model_of_two_tasks_learns_both(small):
+    from experiments.glue import multitask
+
+    recipe = multitask.recipe_of(["cola", "sick"], "adamw", 0, 3e-3)
+    encoder, heads = multitask.multitask(small, recipe)
+    evaluate = experts.Evaluator(small)
+    found = evaluate.primary(encoder, heads, "test")
+    at_first = evaluate.primary(small.base, heads, "test")
+    assert found["cola"] > 0.6 and found["sick"] > 0.6, (found, at_first)

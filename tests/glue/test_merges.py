@@ -131,6 +131,16 @@ def test_grids_are_the_same_for_all():
     assert METHODS["TSV-M"].settings() == [{"scale": 1.0}]
 
 
+@pytest.mark.parametrize("table", [METHODS, ABLATIONS], ids=["methods", "ablations"])
+def test_every_point_of_every_grid_is_a_method_and_without_arguments_the_default(table):
+    for method in table.values():
+        for setting in method.settings():
+            method.make(**setting)
+    own = {"Breadcrumbs": merging.breadcrumbs(), "DELLA": merging.della()}
+    for name, default in own.items():
+        assert METHODS[name].make() == default
+
+
 @pytest.fixture
 def quick(small, monkeypatch):
     """Two experts, few methods and points."""

@@ -1,6 +1,7 @@
 """Every stage from its command, in small, and the report made of what they wrote."""
 
 import csv
+import json
 import re
 from itertools import product
 
@@ -42,6 +43,7 @@ def test_every_stage_and_the_report(study, tmp_path):
     run("fisher", *mine, *tasks)
     run("select", *mine, *tasks)
     run("merge", *mine, "--size", "2")
+    run("together", *mine)
     run("ablate", *mine)
     run("statistics", *mine, *tasks)
     page = tmp_path / "RESULTS.md"
@@ -60,6 +62,16 @@ def test_every_stage_and_the_report(study, tmp_path):
     shares = [float(r["share"]) for r in rows if (r["method"], r["tuned"]) == ("moma", "True")]
     line = next(x for x in dict(blocks)["merging"].splitlines() if x.startswith("| moma |"))
     assert line.split("|")[2].strip() == f"{50 * sum(shares):.1f}"
+    # One model of both tasks, in the same file, with the rate that was best on dev.
+    joint = [r for r in rows if r["method"].startswith("one model")]
+    assert [(r["tuned"], r["task"]) for r in joint] == list(
+        product(("False", "True"), ("cola", "sts"))
+    )
+    tried = [
+        r for r in csv.DictReader(lines("merges_tuning.csv")) if r["method"] == joint[0]["method"]
+    ]
+    assert {r["setting"] for r in tried} == {json.dumps({"learning_rate": r}) for r in (1e-3, 3e-3)}
+    assert joint[-1]["setting"] == max(tried, key=lambda r: float(r["score"]))["setting"]
     costs = list(csv.DictReader(lines("fisher.csv")))
     assert all(int(r["curvature_bytes"]) < int(r["fisher_bytes"]) for r in costs)
 
@@ -76,6 +88,7 @@ def test_every_stage_and_the_report(study, tmp_path):
     before = {file.name: file.read_text() for file in opened.results.glob("*.csv")}
     run("select", *mine, *tasks)
     run("merge", *mine, "--size", "2")
+    run("together", *mine)
     run("statistics", *mine, *tasks)
     assert before == {file.name: file.read_text() for file in opened.results.glob("*.csv")}
 
