@@ -30,7 +30,7 @@ class Settings(NamedTuple):
     test: int = 500
     length: int = 32
     batch: int = 32
-    learning_rate: float = 2e-4
+    learning_rate: float = 4e-4
     warmup: float = 0.1
     weight_decay: float = 0.01
     rank: int = 32
