@@ -94,9 +94,10 @@ W128 = Config(vocabulary=1024, width=128, layers=4, length=256, batch=8, steps=4
 W256 = Config(vocabulary=1024, width=256, layers=4, length=256, batch=8, steps=500, save_every=100)
 W512 = Config(vocabulary=1024, width=512, layers=6, length=256, batch=8, steps=600, save_every=50)
 STAGES = (
-    Stage("tune", W128, FIRST, (0,)),
+    Stage("tune", W128, FIRST[:4], (0,)),
     Stage("tune", W256, FINALISTS[:4], (0,)),
     Stage("seeds", W256, FINALISTS[:4], (0, 1, 2)),
+    Stage("tune", W128, FIRST[4:], (0,)),
     Stage("seeds", W128, FIRST[:4], (0, 1, 2)),
     Stage("tune", W256, FINALISTS[4:], (0,)),
     Stage("seeds", W256, FINALISTS[4:], (0, 1, 2)),
