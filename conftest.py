@@ -21,6 +21,21 @@ from hypothesis import settings
 # Every process of the run has eight CPU devices: the sharding tests need no process of their own.
 jax.config.update("jax_num_cpu_devices", 8)
 
+MAPS = Path("/proc/self/maps")
+"""One line for each stretch of memory that this process has mapped, on Linux."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def room_for_programs():
+    """Every compiled program maps memory, and Linux gives a process no more than 65,530 maps.
+
+    The compilation that goes beyond ends the process with a segmentation fault.
+    """
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+
+
 # No deadline: the first example of a test pays for its compilation.
 settings.register_profile("dev", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, database=None, print_blob=True)

@@ -264,7 +264,7 @@ def scale_by_moma(
     ) -> tuple[optax.Updates, optax.OptState]:
         del params, extra_args
         plain = unboxed(updates)
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        rate: Any = learning_rate(state.count) if callable(learning_rate) else learning_rate
         hyper = _Hyper(
             b1, b2, eps, residual, clip_spectral, clip_rms, power_iterations, rate,
             mu_weight=moments.ema(state.mu_weight, jnp.ones((), jnp.float32), b1),
@@ -492,7 +492,7 @@ def moma(
       >>> import jax, jax.numpy as jnp, optax, optax_moma as om
       >>> params = {"kernel": jnp.ones((128, 256)), "bias": jnp.zeros(256)}
       >>> loss = lambda p: jnp.mean((jnp.ones(128) @ p["kernel"] + p["bias"]) ** 2)
-      >>> tx = om.moma(optax.cosine_decay_schedule(0.05, 60), rank=4)
+      >>> tx = om.moma(optax.cosine_decay_schedule(0.5, 60), rank=4)
       >>> @jax.jit
       ... def step(params, state):
       ...     updates, state = tx.update(jax.grad(loss)(params), state, params)

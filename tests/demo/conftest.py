@@ -14,7 +14,7 @@ CONFIG = Config(vocabulary=150, width=128, layers=1, heads=4, ffn=128, positions
 
 @pytest.fixture(scope="session")
 def settings():
-    return Settings(seed=0, length=6, batch=8, learning_rate=3e-3, rank=4)
+    return Settings(seed=0, length=6, batch=8, learning_rate=1e-2, rank=4)
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,10 @@ import pytest
 import optax_moma as om
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
-    "moma": lambda rank=4: om.moma(1e-2, rank=rank, min_dim_size_to_factor=8),
-    "umtam": lambda rank=4: om.umtam(1e-2, rank=rank),
+    "moma": lambda rank=4, clipped=True: om.moma(
+        1e-2, rank=rank, min_dim_size_to_factor=8, clip_spectral=1.0 if clipped else np.inf
+    ),
+    "umtam": lambda rank=4, clipped=True: om.umtam(1e-2, rank=rank),
 }
 
 
