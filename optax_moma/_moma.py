@@ -152,7 +152,9 @@ def scale_by_moma(
         one. Relative: a loss multiplied by a constant gives the same updates.
       residual: Multiplies the part of the gradient outside the subspace; 0 leaves it out.
       clip_spectral: Largest length of one of the momentum's directions (they converge to singular
-        values), in units of :math:`\sqrt{\max(m, n)}`; ``inf`` for none.
+        values), in units of :math:`\sqrt{\max(m, n)}`; ``inf`` for none. So a gradient of a single
+        direction moves its leaf by an RMS of :math:`1 / \sqrt{\min(m, n)}` of the rate, as in Muon,
+        where Adam moves it by 1: early training has such gradients, and toy problems.
       clip_rms: Largest root mean square of a leaf's update, as in Adafactor; ``inf`` for none.
       power_iterations: Subspace iterations per step, >= 1, of two thin products with the gradient
         each. More follow the momentum's best rank-r part more closely.
