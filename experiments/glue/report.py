@@ -23,6 +23,11 @@ COLOURS = {
     "dense S of the paper": "C4",
     "random": "0.6",
 }
+REFERENCE = "moma"
+"""The merge with which the others are compared, set by set and seed by seed."""
+
+Shares = dict[tuple[str, str], float]
+"""By experts and seed."""
 
 
 # -------------------------------------------------------------------------------------- the blocks
@@ -119,11 +124,12 @@ def selection(rows: list[Row], results: Path) -> str:
                         + ("" if name == "magnitude" else f" ({_signed(gap[:, i])})")
                         for i in range(len(densities))
                     ]
+                    + [str(len({seed for _, seed in curves[name]}))]
                 )
             heading = f"Experts of {optimizer}, {split}, one threshold per "
             heading += "tensor" if scope == "tensor" else "expert"
             heads = [f"{100 * float(d):g} %" for d in densities]
-            parts.append(f"{heading}:\n\n{table(['score', *heads], lines)}")
+            parts.append(f"{heading}:\n\n{table(['score', *heads, 'seeds'], lines)}")
         axes = figure.axes[0]
         axes.set_ylabel("share of the expert's score kept (%)")
         figure.axes[1].legend(frameon=False, fontsize=8)
@@ -174,34 +180,54 @@ def merging(rows: list[Row], results: Path, name: str = "merging", *, floor: boo
             for tuned in ("False", "True")
             for size in sizes
         }
-        methods = sorted(
-            unique(own, "method"),
-            key=lambda m: (
-                -np.mean(shares[m, "True", sizes[0]] or shares[m, "False", sizes[0]] or 0)
-            ),
-        )
+        leads = {(m, size): _leads(shares, m, size) for m, _, size in shares}
+        methods = sorted(unique(own, "method"), key=lambda m: np.mean(leads[m, sizes[0]] or 100))
         lines = [
-            [m, *(number(shares[m, t, n]) for n in sizes for t in ("True", "False"))]
+            [
+                m,
+                *(
+                    cell
+                    for n in sizes
+                    for cell in (
+                        number(list(shares[m, "True", n].values())),
+                        number(list(shares[m, "False", n].values())),
+                        "" if m == REFERENCE else number(leads[m, n]),
+                    )
+                ),
+                str(max(len(shares[m, t, sizes[0]]) for t in ("True", "False"))),
+            ]
             for m in methods
         ]
-        header = [f"{n} experts, {t}" for n in sizes for t in ("tuned", "default")]
+        columns = ("tuned", "default", f"{REFERENCE}'s lead")
+        header = ["method", *(f"{n} experts, {c}" for n in sizes for c in columns), "seeds"]
         head = f"Experts of {optimizer}, {split}: mean share of the experts' scores kept (%)"
-        parts.append(f"{head}\n\n{table(['method', *header], lines)}")
+        parts.append(f"{head}\n\n{table(header, lines)}")
         parts.append(_by_task(own, sizes[0], methods))
         figure = results / f"{name}_{optimizer}_{split}.png"
         shown = [m for m in methods if m != "experts" and (floor or m != "base")]
         parts.append(_dots(shares, shown, sizes[0], optimizer, figure))
+    parts.append(
+        f"{REFERENCE}'s lead: of the tuned merges, over the sets and seeds that both have; mean ±"
+        " standard error. Seeds: of the largest set."
+    )
     return "\n\n".join(parts)
 
 
-def _means(rows: list[Row], method: str, tuned: str, size: int) -> list[float]:
+def _means(rows: list[Row], method: str, tuned: str, size: int) -> Shares:
     """The mean share over tasks, of each set and seed."""
     found: dict[tuple[str, str], list[float]] = {}
     for row in rows:
         if (row["method"], row["tuned"]) == (method, tuned):
             if row["experts"].count("+") + 1 == size:
                 found.setdefault((row["experts"], row["seed"]), []).append(float(row["share"]))
-    return [float(np.mean(own)) for own in found.values()]
+    return {key: float(np.mean(own)) for key, own in found.items()}
+
+
+def _leads(shares: Mapping[tuple[str, str, int], Shares], method: str, size: int) -> list[float]:
+    """By how much more of the experts' scores the reference keeps, set by set and seed by seed."""
+    best, theirs = shares[REFERENCE, "True", size], shares[method, "True", size]
+    theirs = theirs or shares[method, "False", size]
+    return [best[key] - theirs[key] for key in theirs if key in best]
 
 
 def _by_task(rows: list[Row], size: int, methods: Sequence[str]) -> str:
@@ -218,7 +244,7 @@ def _by_task(rows: list[Row], size: int, methods: Sequence[str]) -> str:
 
 
 def _dots(
-    shares: Mapping[tuple[str, str, int], Sequence[float]],
+    shares: Mapping[tuple[str, str, int], Shares],
     methods: Sequence[str],
     size: int,
     optimizer: str,
@@ -229,7 +255,7 @@ def _dots(
     axes = figure.subplots()
     for tuned, marker, label in (("True", "o", "tuned on dev"), ("False", "|", "at its defaults")):
         for place, method in enumerate(methods):
-            values = 100 * np.asarray(shares[method, tuned, size])
+            values = 100 * np.asarray(list(shares[method, tuned, size].values()))
             if len(values):
                 axes.plot(values, [place] * len(values), marker, color="0.75", ms=5, zorder=1)
                 style = {"color": "C0" if tuned == "True" else "C1", "ms": 9, "zorder": 2}

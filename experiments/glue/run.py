@@ -17,7 +17,7 @@ the Hugging Face hub where that is unset.
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import typer
 
@@ -25,8 +25,9 @@ from experiments.pages import add_report
 
 from . import stages
 from .experts import open_study
-from .merges import ABLATIONS, METHODS, Method
+from .merges import ABLATIONS, METHODS
 from .report import BLOCKS
+from .saliency import SCORES
 from .tasks import KINDS, Sizes
 
 app = typer.Typer(help=__doc__, add_completion=False, no_args_is_help=True)
@@ -42,6 +43,8 @@ Results = Annotated[
     Path,
     typer.Option(file_okay=False, envvar="OPTAX_MOMA_RESULTS", help="Folder of the CSV files."),
 ]
+
+Named = TypeVar("Named")
 
 HERE = Path(__file__).parent
 ALL, BOTH, FIRST, SIZES, NONE = list(KINDS), ["moma", "adamw"], [0], [8, 4, 2], []
@@ -79,13 +82,15 @@ def select(
     task: Tasks = ALL,
     optimizer: Optimizers = BOTH,
     seed: Seeds = FIRST,
+    score: Annotated[list[str], typer.Option(help="As in the table; all by default.")] = NONE,
     split: Annotated[Literal["dev", "test"], typer.Option()] = "dev",
     results: Results = HERE / "results",
 ) -> None:
     """Keeps the top 1 to 90 % of each task vector by every score."""
+    chosen = named(SCORES, score)
     opened = open_study(ALL, Sizes(), results)
     for number, name in product(seed, optimizer):
-        stages.select(opened, task, name, number, split)
+        stages.select(opened, task, name, number, chosen, split)
 
 
 @app.command()
@@ -150,9 +155,9 @@ def statistics(
 add_report(app, HERE, BLOCKS)
 
 
-def named(table: Mapping[str, Method], names: list[str]) -> dict[str, Method]:
+def named(table: Mapping[str, Named], names: list[str]) -> dict[str, Named]:
     if unknown := [name for name in names if name not in table]:
-        raise typer.BadParameter(f"no method {unknown}; there are {list(table)}")
+        raise typer.BadParameter(f"there is no {unknown}, but {list(table)}")
     return {name: table[name] for name in names or table}
 
 

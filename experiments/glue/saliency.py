@@ -93,7 +93,10 @@ def random_scores(base: Params) -> Params:
     )
 
 
-SCORES: Mapping[str, Callable[[Expert, Params, Params], Any]] = {
+Score = Callable[[Expert, Params, Params], Any]
+"""(expert, base, its exact Fisher) -> a tree of scores, or None where the optimizer kept none."""
+
+SCORES: Mapping[str, Score] = {
     "random": lambda e, base, fisher: random_scores(base),
     "magnitude": lambda e, base, fisher: om.saliency(e.encoder, base, fisher, power=0.0),
     "curvature R, C": lambda e, base, fisher: om.saliency(
@@ -108,7 +111,7 @@ SCORES: Mapping[str, Callable[[Expert, Params, Params], Any]] = {
     "Adam's v": lambda e, base, fisher: _maybe(e, base, dense_curvature(e)),
     "exact Fisher": lambda e, base, fisher: om.saliency(e.encoder, base, fisher),
 }
-"""(expert, base, its exact Fisher) -> a tree of scores, or None where the optimizer kept none."""
+"""Every score that is compared, by the name in the tables."""
 
 
 def _maybe(trained: Expert, base: Params, curvature: Any) -> Any:

@@ -158,9 +158,14 @@ def halves(study: Study) -> Study:
 
 
 def select(
-    study: Study, tasks: Sequence[str], optimizer: str, seed: int, split: Literal["dev", "test"]
+    study: Study,
+    tasks: Sequence[str],
+    optimizer: str,
+    seed: int,
+    chosen: Mapping[str, saliency.Score],
+    split: Literal["dev", "test"],
 ) -> None:
-    """Keeps a part of each task vector by every score; nothing is tuned."""
+    """Keeps a part of each task vector by each score; nothing is tuned."""
     key = ("task", "optimizer", "seed", "split", "score", "scope", "density")
     records, evaluate = Records(study.results / "select.csv", key), Evaluator(study)
     for task in tasks:
@@ -169,14 +174,14 @@ def select(
         densities = saliency.DENSITIES
         if all(
             records.holds(**ours, score=score, scope=scope, density=densities[-1])
-            for score, scope in product(saliency.SCORES, ("tensor", "global"))
+            for score, scope in product(chosen, ("tensor", "global"))
         ):
             continue
         trained, base = expert(study, recipe), study.base
         truth = fisher_of(study, recipe)
         evaluated = partial(_one, evaluate, task, trained.head, split)
         ends = {"expert_value": evaluated(trained.encoder), "base_value": evaluated(base)}
-        for name, make in saliency.SCORES.items():
+        for name, make in chosen.items():
             scores = make(trained, base, truth)
             if scores is None:
                 continue

@@ -62,6 +62,12 @@ def test_every_stage_and_the_report(study, tmp_path):
     shares = [float(r["share"]) for r in rows if (r["method"], r["tuned"]) == ("moma", "True")]
     line = next(x for x in dict(blocks)["merging"].splitlines() if x.startswith("| moma |"))
     assert line.split("|")[2].strip() == f"{50 * sum(shares):.1f}"
+    others = [
+        float(r["share"]) for r in rows if (r["method"], r["tuned"]) == ("RegMean (data)", "True")
+    ]
+    other = next(x for x in dict(blocks)["merging"].splitlines() if x.startswith("| RegMean"))
+    lead = 50 * (sum(shares) - sum(others))
+    assert [x.strip() for x in other.split("|")[4:6]] == [f"{lead:.1f}", "1"]
     # One model of both tasks, in the same file, with the rate that was best on dev.
     joint = [r for r in rows if r["method"].startswith("one model")]
     assert [(r["tuned"], r["task"]) for r in joint] == list(
@@ -102,4 +108,4 @@ def test_unknown_methods_are_named(study):
     testing = pytest.importorskip("typer.testing")
     module, _ = study
     done = testing.CliRunner().invoke(module.app, ["merge", "--method", "tie"])
-    assert done.exit_code == 2 and "no method" in done.output
+    assert done.exit_code == 2 and "there is no" in done.output
