@@ -1,25 +1,32 @@
-"""The command line: ``optax-moma demo``, and merges of checkpoints.
+"""The commands: ``optax-moma demo``, and merges of checkpoints.
 
 Exit codes: 0, done; 1, ``verify`` found a difference; 2, it cannot be done, and nothing was
 written; 130, interrupted.
 """
 
-import json as json_text
-import math
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
-try:
-    import typer
-    from rich.console import Console
-    from rich.markup import escape
-except ModuleNotFoundError as missing:
-    print(f"{missing}: the command line needs pip install 'optax-moma[cli]'", file=sys.stderr)
-    raise SystemExit(2) from None
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from ._screen import (
+    counted,
+    curvature_text,
+    fail,
+    in_bytes,
+    leaf_lines,
+    new_console,
+    shape_text,
+    show_json,
+    show_plan,
+    show_table,
+    size_row,
+)
 
 app = typer.Typer(
     help="Train with low-rank momentum, and merge by the curvature that training measured.",
@@ -35,19 +42,6 @@ app = typer.Typer(
 def _main() -> None:
     # With a callback, a single command keeps its name.
     pass
-
-
-def fail(message: str, problems: Sequence[str] = ()) -> NoReturn:
-    """Prints an error to stderr and exits with code 2.
-
-    Args:
-      message: What cannot be done.
-      problems: Why, one text each.
-    """
-    console = _console(stderr=True)
-    console.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
-    _print_bullets(console, "-", problems)
-    raise typer.Exit(2)
 
 
 @app.command()
@@ -152,32 +146,32 @@ def inspect(
     with _reported(json) as checkpoints:
         found = checkpoints.describe(checkpoint, item=item, step=_step(step), params=params)
     if json:
-        _print_json({**vars(found), "path": str(found.path)})
+        show_json({**vars(found), "path": str(found.path)})
         return
-    console = _console()
+    console = new_console()
     trained = "" if found.step is None else f", step {found.step:,}"
     console.print(f"[bold]{escape(str(found.path))}[/]{trained}\n")
     parts: dict[str, list[str]] = {}
     for name in found.leaves:
         parts.setdefault(name.split("/")[0] if found.params else "", []).append(name)
-    rows = [_sizes(found.leaves, name or "all", names) for name, names in parts.items()]
+    rows = [size_row(found.leaves, name or "all", names) for name, names in parts.items()]
     if len(rows) > 1:
-        rows.append(_sizes(found.leaves, "all", list(found.leaves)))
-    _print_table(["part", "leaves>", "numbers>", "bytes>", "dtypes"], rows)
+        rows.append(size_row(found.leaves, "all", list(found.leaves)))
+    show_table(["part", "leaves>", "numbers>", "bytes>", "dtypes"], rows)
     where = "all of it" if found.params == "" else found.params
     missing = "not found; name them with --params" if found.params is None else where
     console.print(f"\nparams     {escape(str(missing))}", soft_wrap=True)
     if found.params is not None:
-        console.print(f"curvature  {escape(_curvature_text(found))}", soft_wrap=True)
+        console.print(f"curvature  {escape(curvature_text(found))}", soft_wrap=True)
     console.print()
     inside = f"{found.params}/" if found.params and not every else ""
     listed = {n.removeprefix(inside): x for n, x in found.leaves.items() if n.startswith(inside)}
     lines = [
-        (glob, f"{len(names)}", _shape(listed[names[0]][0]), listed[names[0]][1])
-        for glob, names in _lines(listed, every)
+        (glob, f"{len(names)}", shape_text(listed[names[0]][0]), listed[names[0]][1])
+        for glob, names in leaf_lines(listed, every)
     ]
     head = f"leaf of {inside.removesuffix('/')}" if inside else "leaf"
-    _print_table([head, "count>", "shape", "dtype"], lines)
+    show_table([head, "count>", "shape", "dtype"], lines)
 
 
 @app.command()
@@ -197,9 +191,9 @@ def plan(
             "rules": [x._asdict() for x in found.rules],
             "models": [x._asdict() for x in found.models],
         }
-        _print_json(vars(found) | as_dicts)
+        show_json(vars(found) | as_dicts)
     else:
-        _print_plan(found, leaves)
+        show_plan(found, leaves)
     if found.problems:
         raise typer.Exit(2)
 
@@ -242,20 +236,20 @@ def merge(
                 progress=lambda n, total: bar.update(task, completed=n, total=total),
             )
     except KeyboardInterrupt:
-        _console(stderr=True).print("\nInterrupted. The same command goes on where it was.")
+        new_console(stderr=True).print("\nInterrupted. The same command goes on where it was.")
         raise typer.Exit(130) from None
     if json:
-        _print_json({**done._asdict(), "path": str(done.path)})
+        show_json({**done._asdict(), "path": str(done.path)})
         return
-    console = _console()
+    console = new_console()
     for warning in done.warnings:
         console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
     speed = (done.bytes_read + done.bytes_written) / max(done.seconds, 1e-9)
     earlier = f" ({done.resumed} of them by an earlier run)" if done.resumed else ""
     console.print(
-        f"{escape(str(done.path))}: {_counted(done.leaves, 'leaf')}{earlier}\n"
-        f"{_bytes(done.bytes_read)} read, {_bytes(done.bytes_written)} written in "
-        f"{done.seconds:.1f} s, {_bytes(int(speed))}/s",
+        f"{escape(str(done.path))}: {counted(done.leaves, 'leaf')}{earlier}\n"
+        f"{in_bytes(done.bytes_read)} read, {in_bytes(done.bytes_written)} written in "
+        f"{done.seconds:.1f} s, {in_bytes(int(speed))}/s",
         soft_wrap=True,
     )
 
@@ -278,7 +272,7 @@ def compare(
     with _reported(json) as checkpoints:
         found = checkpoints.compare(base, *experts, params=params)
     if json:
-        _print_json([leaf._asdict() | {"trouble": leaf.trouble} for leaf in found])
+        show_json([leaf._asdict() | {"trouble": leaf.trouble} for leaf in found])
         return
     number = lambda x: "" if x is None else f"{x:.3g}"  # noqa: E731
     shown = found[:top]
@@ -291,10 +285,10 @@ def compare(
     ]
     told = [(head, cells) for head, cells in columns if any(cells)]
     rows = list(zip(*(cells for _, cells in told), strict=True))
-    _print_table([head for head, _ in told], rows)
+    show_table([head for head, _ in told], rows)
     if len(found) > top:
-        rest = _counted(len(found) - top, "leaf")
-        _console().print(f"\nand {rest} with less trouble; --top shows more")
+        rest = counted(len(found) - top, "leaf")
+        new_console().print(f"\nand {rest} with less trouble; --top shows more")
 
 
 @app.command()
@@ -308,16 +302,18 @@ def verify(
     with _reported(json) as checkpoints:
         found = checkpoints.verify(checkpoint)
     if json:
-        _print_json(vars(found))
+        show_json(vars(found))
     else:
         for problem in found.problems:
-            _console(stderr=True).print(f"[bold red]damaged:[/] {escape(problem)}", soft_wrap=True)
+            new_console(stderr=True).print(
+                f"[bold red]damaged:[/] {escape(problem)}", soft_wrap=True
+            )
         said = (
             "differs from its manifest"
             if found.problems
-            else f"{_counted(found.leaves, 'leaf')}, {_bytes(found.bytes)}, all as it was written"
+            else f"{counted(found.leaves, 'leaf')}, {in_bytes(found.bytes)}, all as it was written"
         )
-        _console().print(f"{escape(str(checkpoint))}: {said}", soft_wrap=True)
+        new_console().print(f"{escape(str(checkpoint))}: {said}", soft_wrap=True)
     if found.problems:
         raise typer.Exit(1)
 
@@ -357,9 +353,9 @@ def export_curvature(
             force=force,
         )
     if json:
-        _print_json({"path": str(output), "bytes": size})
+        show_json({"path": str(output), "bytes": size})
         return
-    _console().print(f"{escape(str(output))}: {_bytes(size)}", soft_wrap=True)
+    new_console().print(f"{escape(str(output))}: {in_bytes(size)}", soft_wrap=True)
 
 
 @contextmanager
@@ -373,11 +369,11 @@ def _reported(json: bool) -> Iterator[Any]:
         yield checkpoints
     except checkpoints.MergeError as error:
         if json:
-            _print_json({"error": error.start, "problems": error.problems})
-        fail(f"{error.start} {_counted(len(error.problems), 'problem')}:", error.problems)
+            show_json({"error": error.start, "problems": error.problems})
+        fail(f"{error.start} {counted(len(error.problems), 'problem')}:", error.problems)
     except (ValueError, OSError) as error:
         if json:
-            _print_json({"error": str(error), "problems": [str(error)]})
+            show_json({"error": str(error), "problems": [str(error)]})
         fail(str(error))
 
 
@@ -387,149 +383,3 @@ def _step(text: str | None) -> Any:
     if not text.isdecimal():
         fail(f"--step is a number or latest, got {text!r}")
     return int(text)
-
-
-def _console(stderr: bool = False) -> Console:
-    """A console as wide as the terminal; in a pipe or a file, as wide as a line needs."""
-    console = Console(stderr=stderr, highlight=False)
-    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=1000)
-
-
-def _print_json(data: Any) -> None:
-    print(json_text.dumps(data, indent=1, default=str))
-
-
-def _print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints rows in columns; a head that ends with > is right-aligned, the first may wrap."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for i, head in enumerate(heads):
-        right = head.endswith(">")
-        table.add_column(
-            escape(head.removesuffix(">")),
-            justify="right" if right else "left",
-            overflow="fold",
-            no_wrap=right and i > 0,
-        )
-    for row in rows:
-        table.add_row(*map(escape, row))
-    _console().print(table)
-
-
-def _print_bullets(console: Console, bullet: str, texts: Sequence[str]) -> None:
-    from rich.table import Table
-
-    table = Table.grid(padding=(0, 1))
-    for text in texts:
-        table.add_row(bullet, escape(text))
-    console.print(table)
-
-
-def _print_plan(found: Any, leaves: bool) -> None:
-    console = _console()
-    number = lambda x, form: "" if x is None else format(x, form)  # noqa: E731
-    rows = [
-        (
-            model.name,
-            number(model.step, ","),
-            _bytes(model.bytes),
-            ", ".join(model.dtypes),
-            number(model.drift, ".4f"),
-            number(model.cosine, ".4f"),
-            _coverage(found, model),
-            number(model.gradients, ","),
-        )
-        for model in found.models
-    ]
-    heads = [
-        "model",
-        "step>",
-        "bytes>",
-        "dtypes",
-        "drift>",
-        "cosine>",
-        "curvature",
-        "gradients>",
-    ]
-    told = [i for i in range(len(heads)) if any(row[i] for row in rows)]
-    _print_table([heads[i] for i in told], [[row[i] for i in told] for row in rows])
-    used = [rule for rule in found.rules if rule.names or rule.match != "(no rule)"]
-    if used:
-        console.print()
-        rules = [(rule.match, f"{len(rule.names)}", rule.action) for rule in used]
-        _print_table(["rule", "leaves>", "what is done"], rules)
-        for rule in used if leaves else ():
-            console.print(f"\n[bold]{escape(rule.match)}[/]")
-            for glob, names in _lines(dict.fromkeys(rule.names), False):
-                many = f"  ({len(names)})" if names[1:] else ""
-                console.print(f"  {escape(glob)}{many}", soft_wrap=True)
-    if found.leaves and not found.problems:
-        console.print(
-            f"\n{_counted(found.leaves, 'leaf')} of {found.parameters:,} numbers: reads "
-            f"{_bytes(found.read_bytes)} in {_counted(found.passes, 'pass')}, writes "
-            f"{_bytes(found.write_bytes)}, takes about {_bytes(found.peak_bytes)} of memory.",
-        )
-    console.print()
-    for warning in found.warnings:
-        _print_bullets(console, "[yellow]warning:[/]", [warning])
-    for problem in found.problems:
-        _print_bullets(console, "[bold red]problem:[/]", [problem])
-    if not found.problems:
-        console.print("[green]The merge can start.[/]")
-    else:
-        problems = _counted(len(found.problems), "problem")
-        console.print(f"\n{problems}: the merge cannot start.")
-
-
-def _coverage(found: Any, model: Any) -> str:
-    """Whose moments, and for how many of the leaves that need them."""
-    if model.curvature is None:
-        return ""
-    covered, wanted = found.coverage.get(model.name, (0, 0))
-    return f"{model.curvature.split(' (')[0]} {covered}/{wanted}"
-
-
-def _curvature_text(found: Any) -> str:
-    if found.curvature is None:
-        return "none"
-    text = f"{found.curvature}: {found.covered} of {_counted(found.wanted, 'leaf')}"
-    return text if found.gradients is None else f"{text}, {found.gradients:,} gradients"
-
-
-def _lines(leaves: dict[str, Any], every: bool) -> list[tuple[str, list[str]]]:
-    """The lines of a list of leaves: what differs in numbers only, and is of a kind, is on one."""
-    from optax_moma.checkpoints._globs import collapsed
-
-    if every:
-        return [(name, [name]) for name in leaves]
-    kinds: dict[Any, list[str]] = {}
-    for name, kind in leaves.items():
-        kinds.setdefault(kind, []).append(name)
-    order = {name: i for i, name in enumerate(leaves)}
-    lines = [line for names in kinds.values() for line in collapsed(names).items()]
-    return sorted(lines, key=lambda line: order[line[1][0]])
-
-
-def _sizes(leaves: dict[str, Any], part: str, names: list[str]) -> tuple[str, ...]:
-    import jax.numpy as jnp
-
-    counts = {name: math.prod(leaves[name][0]) for name in names}
-    size = sum(n * jnp.dtype(leaves[name][1]).itemsize for name, n in counts.items())
-    dtypes = ", ".join(sorted({leaves[name][1] for name in names}))
-    return part, f"{len(names):,}", f"{sum(counts.values()):,}", _bytes(size), dtypes
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape)) or "()"
-
-
-def _counted(count: int, what: str) -> str:
-    plural = {"leaf": "leaves", "pass": "passes"}.get(what, what + "s")
-    return f"{count:,} {what if count == 1 else plural}"
-
-
-def _bytes(count: int) -> str:
-    from rich import filesize
-
-    return filesize.decimal(count)
