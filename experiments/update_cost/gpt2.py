@@ -78,11 +78,7 @@ def memory() -> Iterator[Row]:
 
 
 def seconds_of(tx: optax.GradientTransformation, params: Any, grads: Any, often: int) -> float:
-    """Median wall time of an update.
-
-    Gradients and state are donated, as within a training step, which keeps no second copy of
-    them; without, a third of the time would go to new pages of memory for what is returned.
-    """
+    """Median wall time of an update; gradients and state are donated, as in a training step."""
     state, times = tx.init(params), []
     update = jax.jit(tx.update, donate_argnums=(0, 1)).lower(grads, state, params).compile()
     for _ in range(often):
