@@ -5,34 +5,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from scipy.stats import rankdata
 
 import optax_moma as om
+from experiments.agreement import by_leaf, dense, named
 from optax_moma.demo.encoder import Params
 from optax_moma.diagnostics import curvature_overlap, sign_conflict
 
 from .experts import SNAPSHOTS, Expert
 from .saliency import SCORES, factored
-from .tasks import correlation
-
-ENTRIES = 50_000
-"""The most entries of a leaf that are ranked, drawn at random."""
-
-
-def named(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by path, ``Factored`` ones whole."""
-    flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, om.Factored))
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
-
-
-def dense(v: Any) -> np.ndarray:
-    """One array, whether factored or not."""
-    return np.asarray(v.row * v.col if isinstance(v, om.Factored) else v)
-
-
-def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's, with ties at their mean rank."""
-    return correlation(rankdata(x), rankdata(y))
 
 
 def agreements(
@@ -57,22 +37,12 @@ def agreements(
     }
     truth = {"curvature": fisher, "saliency": SCORES["exact Fisher"](trained, base, fisher)}
     estimates = {"curvature": curvatures, "saliency": scores}
-    moved = named(
-        jax.tree.map(lambda w, w0: np.asarray(w) != np.asarray(w0), trained.encoder, base)
-    )
+    moved = jax.tree.map(lambda w, w0: np.asarray(w) != np.asarray(w0), trained.encoder, base)
     for kind, own in estimates.items():
-        exact = named(truth[kind])
         for estimate, tree in own.items():
-            if tree is None:
-                continue
-            for leaf, v in named(tree).items():
-                rows = np.flatnonzero(moved[leaf])
-                if len(rows) < 10:
-                    continue
-                if len(rows) > ENTRIES:
-                    rows = np.random.default_rng(0).choice(rows, ENTRIES, replace=False)
-                x, y = (dense(z).ravel()[rows] for z in (v, exact[leaf]))
-                yield kind, estimate, leaf, rank_correlation(x, y), len(rows)
+            if tree is not None:
+                for leaf, rho, entries in by_leaf(tree, truth[kind], moved):
+                    yield kind, estimate, leaf, rho, entries
 
 
 def _is_factored(curvature: Any) -> bool:
@@ -84,9 +54,9 @@ def overlap(a: Any, b: Any) -> float:
 
     `optax_moma.diagnostics.curvature_overlap`, averaged over leaves by their numbers of entries.
     """
-    by_leaf = named(curvature_overlap([a, b]))
+    overlaps = named(curvature_overlap([a, b]))
     sizes = {name: dense(v).size for name, v in named(a).items()}
-    return sum(float(by_leaf[name]) * n for name, n in sizes.items()) / sum(sizes.values())
+    return sum(float(overlaps[name]) * n for name, n in sizes.items()) / sum(sizes.values())
 
 
 def conflict(a: Params, b: Params, base: Params) -> dict[str, float]:

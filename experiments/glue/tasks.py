@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from scipy.stats import rankdata
 from tokenizers import Tokenizer
 
+from experiments.agreement import correlation, rank_correlation
 from optax_moma.demo.encoder import pad
 
 Split = Literal["train", "dev", "test", "tune", "held"]
@@ -316,13 +316,6 @@ def from_hub(name: str, load: Callable[..., Any] | None = None) -> Rows:
 # ------------------------------------------------------------------------------------ the metrics
 
 
-def correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Pearson's r in float64; 0 where one of the two is constant."""
-    x, y = (np.asarray(v, np.float64) - np.mean(v, dtype=np.float64) for v in (x, y))
-    norm = np.sqrt(np.sum(x**2) * np.sum(y**2))
-    return float(np.sum(x * y) / norm) if norm > 0 else 0.0
-
-
 def scores(kind: Kind, outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
     """A task's metrics, for outputs (n, OUTPUTS) of its head and targets (n,).
 
@@ -335,6 +328,6 @@ def scores(kind: Kind, outputs: np.ndarray, targets: np.ndarray) -> dict[str, fl
         "f1": lambda: 2 * hits / max(float(np.sum(classes == 1) + np.sum(targets == 1)), 1.0),
         "matthews": lambda: correlation(classes, targets),
         "pearson": lambda: correlation(outputs[:, 0], targets),
-        "spearman": lambda: correlation(rankdata(outputs[:, 0]), rankdata(targets)),
+        "spearman": lambda: rank_correlation(outputs[:, 0], targets),
     }
     return {name: measures[name]() for name in kind.metrics}
