@@ -47,7 +47,7 @@ MODULES_OF_EXTRAS = {
     "pydantic": ["optax_moma/checkpoints"],
     "flax": ["optax_moma/demo", "optax_moma/moe"],
     "bayes_opt": ["optax_moma/merging/_search.py"],
-    "typer": ["optax_moma/cli.py"],
+    "typer": ["optax_moma/cli"],
     "matplotlib": ["optax_moma/diagnostics/_figures.py"],
 }
 collect_ignore = [

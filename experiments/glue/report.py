@@ -99,13 +99,15 @@ def selection(rows: list[Row], results: Path) -> str:
         ):
             here = [r for r in own if r["scope"] == scope]
             curves = {name: _curve(here, name, densities) for name in names}
+            most = max(map(_seeds_of, curves.values()))
             for name, curve in curves.items():
                 mean = 100 * np.mean(list(curve.values()), axis=0)
                 gap = 100 * _gaps(curve, curves["magnitude"])
                 error = gap.std(axis=0, ddof=min(1, len(gap) - 1)) / np.sqrt(len(gap))
                 x = [100 * float(density) for density in densities]
                 colour = COLOURS.get(name)
-                axes.plot(x, mean, "o-", color=colour, label=name, ms=4)
+                label = name if _seeds_of(curve) == most else f"{name} *"
+                axes.plot(x, mean, "o-", color=colour, label=label, ms=4)
                 axes.fill_between(x, mean - error, mean + error, color=colour, alpha=0.12, lw=0)
             axes.set_xscale("log")
             axes.set_xticks(x, [f"{value:g}" for value in x])
@@ -124,7 +126,7 @@ def selection(rows: list[Row], results: Path) -> str:
                         + ("" if name == "magnitude" else f" ({_signed(gap[:, i])})")
                         for i in range(len(densities))
                     ]
-                    + [str(len({seed for _, seed in curves[name]}))]
+                    + [str(_seeds_of(curves[name]))]
                 )
             heading = f"Experts of {optimizer}, {split}, one threshold per "
             heading += "tensor" if scope == "tensor" else "expert"
@@ -134,11 +136,14 @@ def selection(rows: list[Row], results: Path) -> str:
         axes.set_ylabel("share of the expert's score kept (%)")
         figure.axes[1].legend(frameon=False, fontsize=8)
         figure.suptitle(
-            f"Experts trained with {optimizer}: mean over tasks;"
+            f"Experts trained with {optimizer}: mean over tasks and seeds (* fewer seeds);"
             " shaded: standard error of the difference from magnitude"
         )
         parts.append(save(figure, results / f"selection_{optimizer}_{split}.png"))
-    note = "In brackets, the mean difference from magnitude over tasks and seeds ± standard error."
+    note = (
+        "In brackets, the difference from magnitude with the same seeds: mean ± standard error over"
+        " tasks, each the mean of its seeds."
+    )
     return "\n\n".join([*parts, note])
 
 
@@ -155,9 +160,17 @@ def _curve(
     return {key: np.array([own[d] for d in densities]) for key, own in whole.items()}
 
 
+def _seeds_of(curve: Mapping[tuple[str, str], np.ndarray]) -> int:
+    return len({seed for _, seed in curve})
+
+
 def _gaps(curve: Mapping[Any, np.ndarray], plain: Mapping[Any, np.ndarray]) -> np.ndarray:
-    """(tasks and seeds, densities): what one curve has more than the other."""
-    return np.array([curve[key] - plain[key] for key in curve if key in plain])
+    """(tasks, densities): what one curve has more than the other, each task's mean over seeds."""
+    by_task: dict[str, list[np.ndarray]] = {}
+    for task, seed in curve:
+        if (task, seed) in plain:
+            by_task.setdefault(task, []).append(curve[task, seed] - plain[task, seed])
+    return np.array([np.mean(gaps, axis=0) for gaps in by_task.values()])
 
 
 def _signed(gaps: np.ndarray) -> str:
@@ -194,7 +207,7 @@ def merging(rows: list[Row], results: Path, name: str = "merging", *, floor: boo
                         "" if m == REFERENCE else number(leads[m, n]),
                     )
                 ),
-                str(max(len(shares[m, t, sizes[0]]) for t in ("True", "False"))),
+                str(_seeds(shares, m, sizes[0])),
             ]
             for m in methods
         ]
@@ -207,8 +220,9 @@ def merging(rows: list[Row], results: Path, name: str = "merging", *, floor: boo
         shown = [m for m in methods if m != "experts" and (floor or m != "base")]
         parts.append(_dots(shares, shown, sizes[0], optimizer, figure))
     parts.append(
-        f"{REFERENCE}'s lead: of the tuned merges, over the sets and seeds that both have; mean ±"
-        " standard error. Seeds: of the largest set."
+        f"{REFERENCE}'s lead: tuned, over what was never tuned at its default; mean over the seeds"
+        " (and sets of experts) that both have ± standard error. A method with fewer seeds is to be"
+        " compared by this lead: its shares are those of other experts."
     )
     return "\n\n".join(parts)
 
@@ -223,10 +237,15 @@ def _means(rows: list[Row], method: str, tuned: str, size: int) -> Shares:
     return {key: float(np.mean(own)) for key, own in found.items()}
 
 
+def _seeds(shares: Mapping[tuple[str, str, int], Shares], method: str, size: int) -> int:
+    """With how many seeds a method has merged sets of this size."""
+    return len({seed for tuned in ("True", "False") for _, seed in shares[method, tuned, size]})
+
+
 def _leads(shares: Mapping[tuple[str, str, int], Shares], method: str, size: int) -> list[float]:
     """By how much more of the experts' scores the reference keeps, set by set and seed by seed."""
-    best, theirs = shares[REFERENCE, "True", size], shares[method, "True", size]
-    theirs = theirs or shares[method, "False", size]
+    best = shares.get((REFERENCE, "True", size), {})
+    theirs = shares[method, "True", size] or shares[method, "False", size]
     return [best[key] - theirs[key] for key in theirs if key in best]
 
 
@@ -260,14 +279,17 @@ def _dots(
                 axes.plot(values, [place] * len(values), marker, color="0.75", ms=5, zorder=1)
                 style = {"color": "C0" if tuned == "True" else "C1", "ms": 9, "zorder": 2}
                 axes.plot(values.mean(), place, marker, label=label, mew=2, **style)
-    axes.set_yticks(range(len(methods)), methods)
+    counts = {m: _seeds(shares, m, size) for m in methods}
+    names = [m if counts[m] == max(counts.values()) else f"{m} *" for m in methods]
+    axes.set_yticks(range(len(methods)), names)
     axes.invert_yaxis()
     axes.axvline(100, color="0.4", lw=1, ls="--")
     axes.set_xlabel(f"share of the experts' scores kept, mean over {size} tasks (%)")
     handles, labels = axes.get_legend_handles_labels()
     first = {label: handle for handle, label in zip(handles, labels, strict=True)}
     axes.legend(first.values(), first.keys(), frameon=False, loc="upper left")
-    axes.set_title(f"{size} experts trained with {optimizer} in one encoder")
+    fewer = "; * fewer seeds" if len(set(counts.values())) > 1 else ""
+    axes.set_title(f"{size} experts trained with {optimizer} in one encoder{fewer}")
     tidy(axes)
     return save(figure, path)
 

@@ -44,7 +44,7 @@ Results = Annotated[
     typer.Option(file_okay=False, envvar="OPTAX_MOMA_RESULTS", help="Folder of the CSV files."),
 ]
 
-Named = TypeVar("Named")
+Entry = TypeVar("Entry")
 
 HERE = Path(__file__).parent
 ALL, BOTH, FIRST, SIZES, NONE = list(KINDS), ["moma", "adamw"], [0], [8, 4, 2], []
@@ -87,10 +87,10 @@ def select(
     results: Results = HERE / "results",
 ) -> None:
     """Keeps the top 1 to 90 % of each task vector by every score."""
-    chosen = named(SCORES, score)
+    scores = chosen(SCORES, score)
     opened = open_study(ALL, Sizes(), results)
     for number, name in product(seed, optimizer):
-        stages.select(opened, task, name, number, chosen, split)
+        stages.select(opened, task, name, number, scores, split)
 
 
 @app.command()
@@ -103,11 +103,11 @@ def merge(
     results: Results = HERE / "results",
 ) -> None:
     """Merges by every method, tuned on one half of dev; reports on the other half or on test."""
-    chosen = named(METHODS, method)
+    methods = chosen(METHODS, method)
     opened = open_study(ALL, Sizes(), results)
     sets = [names for names in stages.SETS if len(names) in size]
     for number, name in product(seed, optimizer):
-        stages.merge(opened, name, number, chosen, sets, split, "merges")
+        stages.merge(opened, name, number, methods, sets, split, "merges")
 
 
 @app.command()
@@ -132,10 +132,10 @@ def ablate(
     results: Results = HERE / "results",
 ) -> None:
     """The same with one step of the merges of moma and umtam taken out, on all eight experts."""
-    chosen = named(ABLATIONS, method)
+    methods = chosen(ABLATIONS, method)
     opened = open_study(ALL, Sizes(), results)
     for number, name in product(seed, optimizer):
-        stages.merge(opened, name, number, chosen, stages.SETS[:1], split, "ablations")
+        stages.merge(opened, name, number, methods, stages.SETS[:1], split, "ablations")
 
 
 @app.command()
@@ -155,9 +155,9 @@ def statistics(
 add_report(app, HERE, BLOCKS)
 
 
-def named(table: Mapping[str, Named], names: list[str]) -> dict[str, Named]:
+def chosen(table: Mapping[str, Entry], names: list[str]) -> dict[str, Entry]:
     if unknown := [name for name in names if name not in table]:
-        raise typer.BadParameter(f"there is no {unknown}, but {list(table)}")
+        raise typer.BadParameter(f"unknown: {unknown}; the table has {list(table)}")
     return {name: table[name] for name in names or table}
 
 

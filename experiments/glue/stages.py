@@ -172,22 +172,33 @@ def select(
         recipe = recipe_for(study, task, optimizer, seed)
         ours = {"task": task, "optimizer": optimizer, "seed": seed, "split": split}
         densities = saliency.DENSITIES
-        if all(
-            records.holds(**ours, score=score, scope=scope, density=densities[-1])
-            for score, scope in product(chosen, ("tensor", "global"))
-        ):
+        todo = {
+            name: scopes
+            for name in chosen
+            if (
+                scopes := [
+                    scope
+                    for scope in ("tensor", "global")
+                    if not records.holds(**ours, score=name, scope=scope, density=densities[-1])
+                ]
+            )
+        }
+        if not todo:
             continue
         trained, base = expert(study, recipe), study.base
         truth = fisher_of(study, recipe)
         evaluated = partial(_one, evaluate, task, trained.head, split)
-        ends = {"expert_value": evaluated(trained.encoder), "base_value": evaluated(base)}
-        for name, make in chosen.items():
-            scores = make(trained, base, truth)
+        ends = cache(
+            lambda trained=trained, evaluated=evaluated: {
+                "expert_value": evaluated(trained.encoder),
+                "base_value": evaluated(study.base),
+            }
+        )
+        for name, scopes in todo.items():
+            scores = chosen[name](trained, base, truth)
             if scores is None:
                 continue
-            for scope in ("tensor", "global"):
-                if records.holds(**ours, score=name, scope=scope, density=densities[-1]):
-                    continue
+            for scope in scopes:
                 models = saliency.kept(trained.encoder, base, scores, densities, scope)
                 for density, model in zip(densities, models, strict=True):
                     if not records.holds(**ours, score=name, scope=scope, density=density):
@@ -197,7 +208,7 @@ def select(
                             scope=scope,
                             density=density,
                             value=evaluated(model),
-                            **ends,
+                            **ends(),
                             machine=machine(),
                         )
         console.print(f"selection: {recipe.name}")

@@ -1,16 +1,14 @@
-"""How near the optimizer's statistics are to the exact Fisher, while a language model is trained.
+"""How near the optimizer's statistics are to the Fisher, while a language model is trained.
 
     python -m experiments.pretrain.fisher            # two runs; fills RESULTS.md
     python -m experiments.pretrain.fisher --quick    # the same in seconds, to see that it works
 
-At some steps of a run the diagonal of the Fisher is computed from data (labels drawn from the
-model, one example at a time), and ranked against what the optimizer knows at that step: F against
-its second moments v, and d^2 F, what a change d of the parameters since the start matters, against
-d^2 v and d^2. Spearman's rho over the entries of each leaf.
+At some steps of a run the diagonal of the Fisher is computed from held-out text, one sequence at a
+time, with labels drawn from the model (which is exact but for the draw), and ranked against what
+the optimizer knows at that step: F against its second moments v, and d^2 F, what a change d of the
+parameters since the start matters, against d^2 v and d^2. Spearman's rho over each leaf's entries.
 """
 
-import argparse
-import csv
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,53 +25,46 @@ from experiments.agreement import by_leaf
 from optax_moma.merging import diagonal_fisher
 
 from . import model
-from .data import Batches, Corpus, find_tokenizer, open_corpus
+from .data import Batches, Corpus, find_tokenizer, open_corpus, validation
 from .program import program_for
+from .side import side_study
 from .train import Config, machine
 
-HERE = Path(__file__).parent
 CONFIG = Config(vocabulary=1024, width=128, layers=4, length=256, batch=8, steps=400)
 QUICK = dataclasses.replace(CONFIG, vocabulary=512, layers=1, length=64, steps=8)
 RATES = {"moma:rank=16": 4e-3, "adamw": 1e-3}
 """Each optimizer's best of the study."""
 MOMENTS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)
 """When they are compared, in shares of the run."""
-EXAMPLES = 128
-"""Sequences of text, none of them trained on, from which the Fisher is computed."""
+SEQUENCES = 32
+"""Held-out sequences of every source from which the Fisher is computed."""
 COLUMNS = ("optimizer", "step", "estimate", "leaf", "rho", "entries", "machine")
-ESTIMATES = {
-    "v": "F, by v",
-    "d^2 v": "d²F, by d²v",
-    "d^2": "d²F, by d²",
-}
-"""What is ranked against what, by the name in the CSV file."""
+LABELS = {"v": "F, by v", "d^2 v": "d²F, by d²v", "d^2": "d²F, by d²"}
+"""What is ranked against what, by the estimate's name in the CSV file."""
 
 
-def agreements(config: Config, corpus: Corpus, file: Path) -> Iterator[list[Any]]:
+def followed(config: Config, corpus: Corpus, file: Path) -> Iterator[list[Any]]:
     """Trains once: rows of COLUMNS, but for the machine."""
     sizes, tokenizer = config.sizes(), find_tokenizer(corpus, config.vocabulary, file)
     program = program_for(sizes, config.optimizer, config.lr, config.steps, config.mesh)
     _, apply = model.functional(sizes)
     moments = {round(share * config.steps) for share in MOMENTS}
-
-    def batches(rows: int, seed: int) -> Batches:
-        return Batches(corpus, tokenizer, program.batch, rows, config.length, 1, seed)
-
+    held_out = validation(corpus, tokenizer, config.length, SEQUENCES).values()
+    texts = np.concatenate([tokens[:, :-1] for tokens in held_out])
     with jax.set_mesh(program.mesh):
-        trained_on, others = batches(config.batch, config.seed), batches(EXAMPLES, config.seed + 1)
-        texts = next(others)[:, :-1]
+        batches = Batches(
+            corpus, tokenizer, program.batch, config.batch, config.length, 1, config.seed
+        )
         state = program.init(jax.random.key(config.seed))
         start = jax.tree.map(jnp.copy, state.params)
         for step in range(1, config.steps + 1):
-            state, *_ = program.step(state, next(trained_on))
+            state, *_ = program.step(state, next(batches))
             if step in moments:
-                fisher = diagonal_fisher(
-                    apply, state.params, [texts], labels="sampled", key=jax.random.key(0)
-                )
+                key = jax.random.key(step)
+                fisher = diagonal_fisher(apply, state.params, [texts], labels="sampled", key=key)
                 for estimate, leaf, rho, entries in compared(state, start, fisher):
                     yield [config.optimizer, step, estimate, leaf, f"{rho:.4f}", entries]
-        trained_on.close()
-        others.close()
+        batches.close()
 
 
 def compared(state: Any, start: Any, fisher: Any) -> Iterator[tuple[str, str, float, int]]:
@@ -96,7 +87,7 @@ def _layer(row: pages.Row) -> int | None:
     return int(parts[1]) if parts[0] == "blocks" and parts[-1] == "kernel" else None
 
 
-def agreement(rows: Sequence[pages.Row], results: Path) -> str:
+def shown(rows: Sequence[pages.Row], results: Path) -> str:
     """Mean rho of the blocks' matrices by step, and of every layer at the end: table, figure."""
     rows = [row for row in rows if _layer(row) is not None]
     steps = sorted({int(row["step"]) for row in rows})
@@ -104,7 +95,7 @@ def agreement(rows: Sequence[pages.Row], results: Path) -> str:
     left, right = figure.subplots(1, 2, sharey=True)
     depth = sorted({_layer(row) for row in rows})
     for optimizer, style in zip(pages.unique(rows, "optimizer"), ("-", "--"), strict=False):
-        for (estimate, label), colour in zip(ESTIMATES.items(), ("C0", "C3", "black"), strict=True):
+        for (estimate, label), colour in zip(LABELS.items(), ("C0", "C3", "black"), strict=True):
             own = [r for r in rows if (r["optimizer"], r["estimate"]) == (optimizer, estimate)]
             found = [pages.pick(own, "rho", step=str(step)) for step in steps]
             lines.append([optimizer, label, *(pages.number(rho, 2, 1.0) for rho in found)])
@@ -123,31 +114,18 @@ def agreement(rows: Sequence[pages.Row], results: Path) -> str:
     return "\n\n".join([table, note, pages.save(figure, results / "fisher.png")])
 
 
-BLOCK = pages.Block("fisher", "Second moments against the exact Fisher", agreement)
+BLOCK = pages.Block("fisher", "Second moments against the Fisher", shown)
 
 
-def main() -> None:
-    """Trains by every optimizer, writes results/fisher.csv, its block of RESULTS.md, its figure."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=HERE, help="where RESULTS.md and results lie")
-    args = parser.parse_args()
-    config = QUICK if args.quick else CONFIG
+def rows(quick: bool, folder: Path) -> Iterator[list[Any]]:
+    """Of all optimizers, rows of COLUMNS."""
+    config = QUICK if quick else CONFIG
     corpus = open_corpus(config.corpus, config.length)
-    path = args.out / "results" / "fisher.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for optimizer, rate in RATES.items():
-            one = dataclasses.replace(config, optimizer=optimizer, lr=rate)
-            for row in agreements(one, corpus, args.out / "runs" / f"bpe{config.vocabulary}.json"):
-                writer.writerow([*row, machine()])
-    pages.write_report(path.parent, args.out / "RESULTS.md", {"fisher": BLOCK})
-    print(f"wrote {path} and its table of {args.out / 'RESULTS.md'}")
+    for optimizer, rate in RATES.items():
+        one = dataclasses.replace(config, optimizer=optimizer, lr=rate)
+        for row in followed(one, corpus, folder / f"bpe{config.vocabulary}.json"):
+            yield [*row, machine()]
 
 
 if __name__ == "__main__":
-    main()
+    side_study(__doc__, BLOCK, COLUMNS, rows)

@@ -8,8 +8,6 @@ counts that in the loss, and calls validation the last training batch, read agai
 Here one model is trained on the same texts, packed and padded, and its loss is read in both ways.
 """
 
-import argparse
-import csv
 import dataclasses
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -27,9 +25,9 @@ from experiments import pages
 from . import model
 from .data import END, Batches, Corpus, encode, find_tokenizer, open_corpus
 from .program import program_for
+from .side import side_study
 from .train import Config, machine
 
-HERE = Path(__file__).parent
 CONFIG = Config(
     vocabulary=1024, width=128, layers=4, length=512, batch=4, lanes=1, steps=300, lr=2e-3,
     optimizer="moma:rank=16",
@@ -95,29 +93,15 @@ def losses(config: Config, corpus: Corpus, tokenizer: Tokenizer, kind: str) -> l
     return [100 * (1 - count[1] / count[0]), float(last), float(whole), float(text)]
 
 
-def main() -> None:
-    """Trains twice, writes results/padding.csv and its block of RESULTS.md."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=HERE, help="where RESULTS.md and results lie")
-    args = parser.parse_args()
-    config = QUICK if args.quick else CONFIG
+def rows(quick: bool, folder: Path) -> Iterator[list[str]]:
+    """Trains twice: rows of COLUMNS."""
+    config = QUICK if quick else CONFIG
     corpus = open_corpus(config.corpus, config.length)
-    file = args.out / "runs" / f"bpe{config.vocabulary}.json"
-    tokenizer = find_tokenizer(corpus, config.vocabulary, file)
-    path = args.out / "results" / "padding.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [
-        [kind, *(f"{x:.3f}" for x in losses(config, corpus, tokenizer, kind)), machine()]
-        for kind in ("packed", "padded")
-    ]
-    with path.open("w", newline="") as out:
-        csv.writer(out, lineterminator="\n").writerows([COLUMNS, *rows])
-    pages.write_report(path.parent, args.out / "RESULTS.md", {"padding": BLOCK})
-    print(f"wrote {path} and its table of {args.out / 'RESULTS.md'}")
+    tokenizer = find_tokenizer(corpus, config.vocabulary, folder / f"bpe{config.vocabulary}.json")
+    for kind in ("packed", "padded"):
+        found = losses(config, corpus, tokenizer, kind)
+        yield [kind, *(f"{x:.3f}" for x in found), machine()]
 
 
 if __name__ == "__main__":
-    main()
+    side_study(__doc__, BLOCK, COLUMNS, rows)

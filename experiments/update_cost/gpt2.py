@@ -12,6 +12,7 @@ import argparse
 import csv
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,32 +78,40 @@ def memory() -> Iterator[Row]:
             yield Row("memory", case, name, share, "of the params", share / reference, detail)
 
 
-def seconds_of(tx: optax.GradientTransformation, params: Any, grads: Any, often: int) -> float:
-    """Median wall time of an update; gradients and state are donated, as in a training step."""
-    state, times = tx.init(params), []
+def updates(tx: optax.GradientTransformation, params: Any, grads: Any) -> Iterator[float]:
+    """Wall times of updates; gradients and state are donated, as in a training step."""
+    state = tx.init(params)
     update = jax.jit(tx.update, donate_argnums=(0, 1)).lower(grads, state, params).compile()
-    for _ in range(often):
+    while True:
         given = jax.block_until_ready(jax.tree.map(jnp.copy, grads))
         started = time.perf_counter()
         _, state = jax.block_until_ready(update(given, state, params))
-        times.append(time.perf_counter() - started)
-    return float(np.median(times))
+        yield time.perf_counter() - started
 
 
 def published(repetitions: int) -> Iterator[Row]:
-    """An update of each of GPT-2's matrices: full SVD against the warm-started subspace."""
+    """An update of each of GPT-2's matrices: full SVD against the warm-started subspace.
+
+    The two take turns, after one update each to warm up.
+    """
     totals = {"moma r=32": 0.0, "umtam r=32": 0.0}
     for shape, count in SHAPES.items():
         keys = jax.random.split(jax.random.key(0))
         params, grads = ({"kernel": jax.random.normal(key, shape)} for key in keys)
-        times = {}
-        for name, often in (("moma r=32", 10), ("umtam r=32", 1 if shape[0] > 3072 else 3)):
-            often *= repetitions
-            times[name] = seconds_of(OPTIMIZERS[name](), params, grads, often)
-            totals[name] += count * times[name]
-            ratio, detail = times[name] / times["moma r=32"], f"median of {often}"
-            case = " x ".join(map(str, shape))
-            yield Row("published", case, name, 1e3 * times[name], "ms", ratio, detail)
+        often = {"moma r=32": 10, "umtam r=32": 1 if shape[0] > 3072 else 3}
+        running = {name: updates(OPTIMIZERS[name](), params, grads) for name in often}
+        times: dict[str, list[float]] = {name: [] for name in often}
+        for own in running.values():
+            next(own)
+        for _ in range(repetitions):
+            for name, own in running.items():
+                times[name] += islice(own, often[name])
+        medians = {name: float(np.median(own)) for name, own in times.items()}
+        case = " x ".join(map(str, shape))
+        for name, median in medians.items():
+            totals[name] += count * median
+            ratio, detail = median / medians["moma r=32"], f"median of {len(times[name])}"
+            yield Row("published", case, name, 1e3 * median, "ms", ratio, detail)
     for name, total in totals.items():
         ratio = total / totals["moma r=32"]
         detail = "each shape's median times its number"
@@ -144,7 +153,7 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("memory", "published", "step"))
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds of a step")
-    parser.add_argument("--repetitions", type=int, default=1, help="multiplies those of published")
+    parser.add_argument("--repetitions", type=int, default=3, help="turns of published")
     parser.add_argument("--rows", type=int, default=2, help="sequences of a step")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("gpt2.csv"))

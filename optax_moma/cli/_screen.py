@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import typer
+from rich import filesize
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 
 def fail(message: str, problems: Sequence[str] = ()) -> NoReturn:
@@ -35,8 +37,6 @@ def show_json(data: Any) -> None:
 
 def show_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Prints rows in columns; a head that ends with > is right-aligned, the first may wrap."""
-    from rich.table import Table
-
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, head in enumerate(heads):
         right = head.endswith(">")
@@ -52,8 +52,6 @@ def show_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def show_bullets(console: Console, bullet: str, texts: Sequence[str]) -> None:
-    from rich.table import Table
-
     table = Table.grid(padding=(0, 1))
     for text in texts:
         table.add_row(bullet, escape(text))
@@ -164,6 +162,4 @@ def counted(count: int, what: str) -> str:
 
 
 def in_bytes(count: int) -> str:
-    from rich import filesize
-
     return filesize.decimal(count)

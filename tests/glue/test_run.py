@@ -41,6 +41,9 @@ def test_every_stage_and_the_report(study, tmp_path):
     tasks = ("--task", "cola", "--task", "sts")
     run("train", *mine, *tasks)
     run("fisher", *mine, *tasks)
+    run("select", *mine, "--task", "cola", "--score", "magnitude")
+    with (opened.results / "select.csv").open() as file:
+        assert {(r["task"], r["score"]) for r in csv.DictReader(file)} == {("cola", "magnitude")}
     run("select", *mine, *tasks)
     run("merge", *mine, "--size", "2")
     run("together", *mine)
@@ -104,8 +107,9 @@ def test_every_stage_and_the_report(study, tmp_path):
     assert page.read_text() == text.replace("# Results", "# Results\n\nProse.")
 
 
-def test_unknown_methods_are_named(study):
+@pytest.mark.parametrize(("command", "option"), [("merge", "--method"), ("select", "--score")])
+def test_unknown_names_are_told(study, command, option):
     testing = pytest.importorskip("typer.testing")
     module, _ = study
-    done = testing.CliRunner().invoke(module.app, ["merge", "--method", "tie"])
-    assert done.exit_code == 2 and "there is no" in done.output
+    done = testing.CliRunner().invoke(module.app, [command, option, "tie"])
+    assert done.exit_code == 2 and "unknown: ['tie']" in done.output

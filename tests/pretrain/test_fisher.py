@@ -1,7 +1,6 @@
 """Second moments against the exact Fisher: what is ranked, and that it is what it says."""
 
 import csv
-import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import pytest
 from scipy.stats import spearmanr
 
 import optax_moma as om
-from experiments.pretrain import fisher, program
+from experiments.pretrain import fisher, program, side
 
 
 def test_what_is_compared_with_what():
@@ -44,12 +43,11 @@ def test_entries_that_did_not_move_are_left_out():
 
 
 def test_both_optimizers_and_the_page(monkeypatch, tmp_path, small):
-    config = dataclasses.replace(small, steps=8)
-    monkeypatch.setattr(fisher, "QUICK", config)
-    monkeypatch.setattr(fisher, "EXAMPLES", 4)
+    monkeypatch.setattr(fisher, "QUICK", small)
+    monkeypatch.setattr(fisher, "SEQUENCES", 2)
     monkeypatch.setattr(fisher, "RATES", {small.optimizer: 5e-3, "adamw": 1e-3})
     monkeypatch.setattr("sys.argv", ["fisher", "--quick", "--out", str(tmp_path)])
-    fisher.main()
+    side.side_study(fisher.__doc__, fisher.BLOCK, fisher.COLUMNS, fisher.rows)
     with (tmp_path / "results" / "fisher.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {(r["optimizer"], r["step"]) for r in rows} == {

@@ -6,7 +6,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.pretrain import data, padding
+from experiments.pretrain import data, padding, side
 
 
 def test_targets_of_text_end_with_the_first_end_token():
@@ -33,7 +33,7 @@ def test_padding_lowers_the_loss_of_a_model_trained_on_it(monkeypatch, tmp_path,
     config = dataclasses.replace(small, length=1024, batch=4, lanes=1, steps=40)
     monkeypatch.setattr(padding, "QUICK", config)
     monkeypatch.setattr("sys.argv", ["padding", "--quick", "--out", str(tmp_path)])
-    padding.main()
+    side.side_study(padding.__doc__, padding.BLOCK, padding.COLUMNS, padding.rows)
     with (tmp_path / "results" / "padding.csv").open() as file:
         packed, filled = csv.DictReader(file)
     assert packed["padding, %"] == filled["padding, %"]
