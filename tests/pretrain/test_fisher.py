@@ -1,4 +1,4 @@
-"""Second moments against the exact Fisher: what is ranked, and that it is what it says."""
+"""Second moments against the Fisher: what is ranked, and that it is what it says."""
 
 import csv
 
