@@ -40,6 +40,8 @@ PIECE = 8
 and the pieces shuffled, so that a book does not fill a run."""
 SAMPLE = 16_000_000
 """Characters that a tokenizer is trained on."""
+SAMPLE_PIECE = 2048
+"""Characters of the pieces of long documents among them."""
 PUBLIC = {"fineweb": "HuggingFaceFW/fineweb"}
 
 
@@ -108,7 +110,7 @@ def folder(path: Path, piece: int) -> Corpus:
     files = sorted([*path.glob("*.txt"), *path.glob("*.txt.gz")])
     if not files:
         raise ValueError(f"{path} holds no *.txt or *.txt.gz.")
-    training, held_out = [], {}
+    kept, held_out = [], {}
     for file in files:
         opener = gzip.open if file.suffix == ".gz" else open
         with opener(file, "rt", encoding="utf-8") as lines:
@@ -117,8 +119,8 @@ def folder(path: Path, piece: int) -> Corpus:
         limit = sorted(marks)[max(1, round(HELD_OUT * len(marks))) - 1]
         marked = sorted(zip(marks, documents, strict=True))
         held_out[file.name.split(".")[0]] = [d for mark, d in marked if mark <= limit]
-        kept = (d for mark, d in zip(marks, documents, strict=True) if mark > limit)
-        training += [part for d in kept for part in pieces(d, piece)]
+        kept += [d for mark, d in zip(marks, documents, strict=True) if mark > limit]
+    training = [part for d in kept for part in pieces(d, piece)]
 
     def lane(index: int, lanes: int, seed: int) -> grain.IterDataset:
         mine = grain.MapDataset.source(training)[index::lanes]
@@ -127,8 +129,9 @@ def folder(path: Path, piece: int) -> Corpus:
         return ordered.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
 
     def sample() -> Iterator[str]:
-        order = np.random.default_rng(0).permutation(len(training))
-        return (training[i] for i in order)
+        # Cut in one way: runs of all lengths train the same tokenizer.
+        parts = [part for d in kept for part in pieces(d, SAMPLE_PIECE)]
+        return (parts[i] for i in np.random.default_rng(0).permutation(len(parts)))
 
     return Corpus(lane, sample, held_out)
 

@@ -1,6 +1,7 @@
 """Batches: whole texts, no padding, the same from any position and in any number of processes."""
 
 import itertools
+from pathlib import Path
 
 import grain
 import jax
@@ -73,7 +74,12 @@ def test_a_lane_is_whole_texts_of_the_training_part(kind, start, places, tokeniz
     taken = np.stack([np.asarray(next(batches)) for _ in range(80)])
     assert taken.shape == (80, ROWS, LENGTH + 1)
     corpus = data.open_corpus(places[kind], LENGTH)
+    held_out = {text for documents in corpus.held_out.values() for text in documents}
     allowed, seen = set(corpus.sample()), []
+    if kind == "folder":  # whose texts are pieces of documents, cut for this length
+        files = [file.read_text() for file in Path(places[kind]).glob("*.txt")]
+        documents = {d for text in files for d in text.split(f"\n{data.SEPARATOR}\n")} - held_out
+        allowed = {part for d in documents for part in data.pieces(d, data.PIECE * LENGTH)}
     for lane in range(LANES):
         share = slice(lane * ROWS // LANES, (lane + 1) * ROWS // LANES)
         found = texts_of(taken[:, share], tokenizer)
@@ -82,7 +88,6 @@ def test_a_lane_is_whole_texts_of_the_training_part(kind, start, places, tokeniz
         seen.append(set(found))
     # Lanes part the documents among themselves.
     assert not any(seen[i] & seen[j] for i in range(LANES) for j in range(i))
-    held_out = {text for documents in corpus.held_out.values() for text in documents}
     assert held_out
     assert not any(text in document for text in allowed for document in held_out)
 
@@ -183,6 +188,11 @@ def test_says_what_is_missing(where, said, monkeypatch):
     monkeypatch.delenv("OPTAX_MOMA_DATA", raising=False)
     with pytest.raises(ValueError, match=said):
         data.open_corpus(where, LENGTH)
+
+
+def test_a_tokenizer_does_not_depend_on_the_length_of_sequences(corpus):
+    short, long = (list(data.open_corpus(str(corpus), n).sample()) for n in (4, 64))
+    assert short == long and len("".join(short)) > 10_000
 
 
 def test_says_that_a_tokenizer_is_too_large(corpus, tokenizer, tmp_path):
