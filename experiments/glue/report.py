@@ -23,6 +23,8 @@ COLOURS = {
     "dense S of the paper": "C4",
     "random": "0.6",
 }
+OPTIMIZERS = ("moma", "adamw", "umtam")
+"""The order of the tables, whatever the order in which results came."""
 REFERENCE = "moma"
 """The merge with which the others are compared, set by set and seed by seed."""
 
@@ -193,28 +195,9 @@ def merging(rows: list[Row], results: Path, name: str = "merging", *, floor: boo
             for tuned in ("False", "True")
             for size in sizes
         }
-        leads = {(m, size): _leads(shares, m, size) for m, _, size in shares}
-        methods = sorted(unique(own, "method"), key=lambda m: np.mean(leads[m, sizes[0]] or 100))
-        lines = [
-            [
-                m,
-                *(
-                    cell
-                    for n in sizes
-                    for cell in (
-                        number(list(shares[m, "True", n].values())),
-                        number(list(shares[m, "False", n].values())),
-                        "" if m == REFERENCE else number(leads[m, n]),
-                    )
-                ),
-                str(_seeds(shares, m, sizes[0])),
-            ]
-            for m in methods
-        ]
-        columns = ("tuned", "default", f"{REFERENCE}'s lead")
-        header = ["method", *(f"{n} experts, {c}" for n in sizes for c in columns), "seeds"]
-        head = f"Experts of {optimizer}, {split}: mean share of the experts' scores kept (%)"
-        parts.append(f"{head}\n\n{table(header, lines)}")
+        for size in sizes:
+            parts.append(_merges_of(shares, own, size, f"Experts of {optimizer}, {split}"))
+        methods = _by_lead(shares, sizes[0])
         parts.append(_by_task(own, sizes[0], methods))
         figure = results / f"{name}_{optimizer}_{split}.png"
         shown = [m for m in methods if m != "experts" and (floor or m != "base")]
@@ -225,6 +208,34 @@ def merging(rows: list[Row], results: Path, name: str = "merging", *, floor: boo
         " compared by this lead: its shares are those of other experts."
     )
     return "\n\n".join(parts)
+
+
+def _merges_of(
+    shares: Mapping[tuple[str, str, int], Shares], rows: list[Row], size: int, heading: str
+) -> str:
+    """The table of the merges of so many experts."""
+    lines = [
+        [
+            method,
+            number(list(shares[method, "True", size].values())),
+            number(list(shares[method, "False", size].values())),
+            "" if method == REFERENCE else number(_leads(shares, method, size)),
+            str(_seeds(shares, method, size)),
+        ]
+        for method in _by_lead(shares, size)
+    ]
+    sets = len({row["experts"] for row in rows if row["experts"].count("+") + 1 == size})
+    among = f"{size} experts" if sets == 1 else f"{size} experts, {sets} sets"
+    head = f"{heading}, {among}: mean share of the experts' scores kept (%)"
+    return f"{head}\n\n" + table(
+        ["method", "tuned", "default", f"{REFERENCE}'s lead", "seeds"], lines
+    )
+
+
+def _by_lead(shares: Mapping[tuple[str, str, int], Shares], size: int) -> list[str]:
+    """The methods that merged sets of this size, the best first: by the reference's lead."""
+    merged = dict.fromkeys(m for (m, _, n), found in shares.items() if n == size and found)
+    return sorted(merged, key=lambda m: np.mean(_leads(shares, m, size) or 100))
 
 
 def _means(rows: list[Row], method: str, tuned: str, size: int) -> Shares:
@@ -394,14 +405,23 @@ def pairs(rows: list[Row], results: Path) -> str:
     )
 
 
+def _block(file: str, title: str, make: Callable[[list[Row], Path], str]) -> Block:
+    """A block whose rows are sorted by optimizer."""
+
+    def of_sorted(rows: list[Row], results: Path) -> str:
+        return make(sorted(rows, key=lambda row: OPTIMIZERS.index(row["optimizer"])), results)
+
+    return Block(file, title, of_sorted)
+
+
 BLOCKS: Mapping[str, Block] = {
-    "rates": Block("rates", "Learning rates, on dev", rates),
-    "experts": Block("experts", "Experts", experts),
-    "costs": Block("fisher", "What curvature costs", costs),
-    "selection": Block("select", "Selection", selection),
-    "merging": Block("merges", "Merging", merging),
-    "ablations": Block("ablations", "Ablations", partial(merging, name="ablations", floor=False)),
-    "correlations": Block("correlations", "Agreement with the exact Fisher", correlations),
-    "pairs": Block("pairs", "Overlap, conflict, barriers", pairs),
+    "rates": _block("rates", "Learning rates, on dev", rates),
+    "experts": _block("experts", "Experts", experts),
+    "costs": _block("fisher", "What curvature costs", costs),
+    "selection": _block("select", "Selection", selection),
+    "merging": _block("merges", "Merging", merging),
+    "ablations": _block("ablations", "Ablations", partial(merging, name="ablations", floor=False)),
+    "correlations": _block("correlations", "Agreement with the exact Fisher", correlations),
+    "pairs": _block("pairs", "Overlap, conflict, barriers", pairs),
 }
 """By name: the CSV file, the heading, and what is made of it."""

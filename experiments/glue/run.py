@@ -95,6 +95,7 @@ def select(
 
 @app.command()
 def merge(
+    task: Tasks = ALL,
     optimizer: Optimizers = BOTH,
     seed: Seeds = FIRST,
     method: Methods = NONE,
@@ -102,10 +103,15 @@ def merge(
     split: Split = "held",
     results: Results = HERE / "results",
 ) -> None:
-    """Merges by every method, tuned on one half of dev; reports on the other half or on test."""
+    """Merges by every method, tuned on one half of dev; reports on the other half or on test.
+
+    Of the study's sets of experts, those of the given tasks only.
+    """
     methods = chosen(METHODS, method)
     opened = open_study(ALL, Sizes(), results)
-    sets = [names for names in stages.SETS if len(names) in size]
+    sets = [names for names in stages.SETS if len(names) in size and set(names) <= set(task)]
+    if not sets:
+        raise typer.BadParameter(f"no set of {size} experts within {task}; there are {stages.SETS}")
     for number, name in product(seed, optimizer):
         stages.merge(opened, name, number, methods, sets, split, "merges")
 

@@ -47,6 +47,20 @@ def test_leads_are_paired_seed_by_seed(tmp_path):
     assert rows[2:6] == ["moma", "once", "rival", "untuned"]  # by lead, whatever the seeds
 
 
+def test_every_size_has_its_table_and_spread_is_over_sets(tmp_path):
+    rows = merge_rows(MERGED)
+    fours = merge_rows({key: own for key, own in MERGED.items() if key[0] != "once"})
+    for row in fours:
+        row["experts"] = "+".join("ab"[int(row["seed"])] * 4)
+        row["seed"] = "0"
+    text = report.merging(fours + rows, tmp_path)
+    fours, pairs = text.split("2 experts: mean share")
+    assert "4 experts, 2 sets: mean share" in fours
+    assert cells(fours, "rival") == ["60.0 ± 10.0", "", "25.0 ± 15.0", "1"]
+    assert "| once |" not in fours
+    assert cells(pairs, "rival") == ["60.0 ± 10.0", "", "25.0 ± 15.0", "2"]
+
+
 def test_without_the_reference_there_is_a_table_all_the_same(tmp_path):
     rows = merge_rows({key: own for key, own in MERGED.items() if key[0] == "rival"})
     assert cells(report.merging(rows, tmp_path), "rival") == ["60.0 ± 10.0", "", "", "2"]

@@ -113,3 +113,10 @@ def test_unknown_names_are_told(study, command, option):
     module, _ = study
     done = testing.CliRunner().invoke(module.app, [command, option, "tie"])
     assert done.exit_code == 2 and "unknown: ['tie']" in done.output
+
+
+def test_sets_of_other_tasks_are_told(study):
+    testing = pytest.importorskip("typer.testing")
+    module, _ = study
+    done = testing.CliRunner().invoke(module.app, ["merge", "--task", "cola", "--size", "2"])
+    assert done.exit_code == 2 and "no set of [2] experts" in done.output
