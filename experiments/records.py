@@ -5,7 +5,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,19 @@ class Records:
         return [row for row in self.rows if all(row[n] == v for n, v in wanted.items())]
 
 
+def replace(path: Path, key: Sequence[str], row: Mapping[str, Any]) -> None:
+    """Writes a line to a CSV file, in place of the one with the same values of ``key``, if any."""
+    rows: dict[tuple[str, ...], Mapping[str, Any]] = {}
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = {tuple(old[name] for name in key): old for old in csv.DictReader(file)}
+    rows[tuple(str(row[name]) for name in key)] = row
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, row, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows.values())
+
+
 def numbers(rows: Iterable[Mapping[str, str]], column: str) -> list[float]:
     """One column as numbers."""
     return [float(row[column]) for row in rows]
@@ -75,9 +88,11 @@ def command() -> str:
 
 
 def machine() -> str:
-    """What a time was measured on."""
-    device = jax.devices()[0]
-    return f"{device.platform} {device.device_kind}, {os.cpu_count()} cores, {platform.machine()}"
+    """What a time was measured on: the devices, with their number if there are several."""
+    count, device = jax.device_count(), jax.devices()[0]
+    several = f"{count} x " if count > 1 else ""
+    kind = f"{device.platform} {device.device_kind}"
+    return f"{several}{kind}, {os.cpu_count()} cores, {platform.machine()}"
 
 
 def _text(value: Any) -> str:

@@ -31,8 +31,7 @@ def test_update_cost(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MODELS", small)
     out = tmp_path / "results.csv"
     arguments = ["--rounds", "1", "--shape", "128", "256", "--size", "256", "--output", str(out)]
-    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
-    module.main()
+    module.app(arguments, standalone_mode=False)
     rows = list(csv.DictReader(out.read_text().splitlines()))
     state = {
         (r["optimizer"], r["shape"]): float(r["relative"]) for r in rows if "state" in r["what"]
@@ -58,8 +57,7 @@ def test_gpt2_cost(tmp_path, monkeypatch):
     out = tmp_path / "gpt2.csv"
 
     def measured(*arguments):
-        monkeypatch.setattr(sys, "argv", ["gpt2.py", *arguments, "--output", str(out)])
-        module.main()
+        module.app([*arguments, "--output", str(out)], standalone_mode=False)
         rows = list(csv.DictReader(out.read_text().splitlines()))
         return {(r["what"], r["case"], r["optimizer"]): r for r in rows}
 

@@ -17,6 +17,19 @@ TITLES = {
 }
 
 
+LABELS = {
+    "moma": "running_moma",
+    "moma, from the merge": "running_moma, from the merge",
+    "CMM, moma": "CMM, om.moma's curvature",
+}
+"""Of methods whose names in the CSV files do not tell the merge from the optimizer."""
+
+
+def label(method: str) -> str:
+    """What tables and figures call a method."""
+    return LABELS.get(method, method)
+
+
 def passage(rows: Sequence[Row]) -> np.ndarray:
     """(stages, tasks) of one method in one order, NaN where nothing was measured."""
     last = max(int(row["place"]) for row in rows)
@@ -64,7 +77,7 @@ def accuracy(rows: list[Row], results: Path) -> str:
             else:
                 new = [float(np.mean(np.diagonal(x))) for x in made[name]]
                 lost = [forgetting(x) for x in made[name]]
-                lines.append([name, *cells, number(new), number(lost)])
+                lines.append([label(name), *cells, number(new), number(lost)])
         count = max(len(found) for found in made.values())
         header = ["method", "at the end", *(f"order {n + 1}" for n in range(count))]
         parts += [
@@ -83,7 +96,9 @@ def accuracy(rows: list[Row], results: Path) -> str:
 SHOWN = {
     "CMM": "C0",
     "CMM, not linear": "C9",
+    "CMM, normalised": "navy",
     "running average": "C1",
+    "independent average": "C8",
     "moma": "black",
     "OPCM": "C2",
     "Perturb-and-Merge": "C4",
@@ -105,7 +120,7 @@ def figure(made: Mapping[str, list[np.ndarray]], stream: str, results: Path) -> 
         first = 100 * np.array([x[:, 0] for x in made[name]])
         stages = np.arange(1, seen.shape[1] + 1)
         for axes, values in ((left, seen), (right, first)):
-            axes.plot(stages, values.mean(axis=0), "o-", color=colour, label=name, ms=4)
+            axes.plot(stages, values.mean(axis=0), "o-", color=colour, label=label(name), ms=4)
     for name, style in (("base", ":"), ("all at once", "--"), ("one expert per task", "--")):
         if name in made:
             left.axhline(100 * np.mean(finals(made[name])), color="0.4", ls=style, lw=1, label=name)
@@ -132,7 +147,7 @@ def tuning(rows: list[Row], results: Path) -> str:
             scores = [np.nan_to_num(float(row["dev"])) for row in mine]
             best = mine[int(np.argmax(scores))]
             lines.append(
-                [stream, name, str(len(mine)), best["rate"], best["number"],
+                [stream, label(name), str(len(mine)), best["rate"], best["number"],
                  f"{100 * max(scores):.1f}", f"{100 * min(scores):.1f}"]
             )  # fmt: skip
     header = ["stream", "method", "tried", "learning rate", "own number", "best", "worst"]
@@ -157,7 +172,7 @@ def costs(rows: list[Row], results: Path) -> str:
                 f"{np.median([float(row[column]) for row in later]):.3f}"
                 for column in ("training", "merging")
             )
-            lines.append([stream, name, first, end, *seconds])
+            lines.append([stream, label(name), first, end, *seconds])
     header = ["stream", "method", "MB after the first task", "MB after the last",
               "seconds, training", "seconds, merge"]  # fmt: skip
     return table(header, lines)

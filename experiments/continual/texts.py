@@ -18,13 +18,14 @@ from flax import nnx
 import optax_moma as om
 from experiments.glue.experts import Study, open_study, segments
 from experiments.glue.tasks import OUTPUTS, Sizes, Task, scores
+from experiments.noise.forks import schedule
 from optax_moma.continual import correct, linearize
 from optax_moma.demo.encoder import embed
 from optax_moma.demo.training import apply_head, objective
 
 from .methods import METHODS, MIXING, Method
 from .streams import orders
-from .worlds import corrector, optimizer, schedule
+from .worlds import WARMUP, corrector, optimizer
 
 Params = Any
 TASKS = ("trec", "sst2", "sick", "ag_news")
@@ -165,7 +166,7 @@ def trainer(optimizer_name: str, steps: int) -> tuple[Callable[..., Any], Callab
     """The optimizer's init, and the compiled step: the encoder, linear or not, is an argument."""
 
     def tx(rate: Any) -> optax.GradientTransformation:
-        return optimizer(optimizer_name, schedule(rate, steps))
+        return optimizer(optimizer_name, schedule("cosine", rate, steps, WARMUP))
 
     @jax.jit
     def step(

@@ -11,6 +11,7 @@ import optax
 from jax.tree_util import Partial
 
 import optax_moma as om
+from experiments.noise.forks import schedule
 from experiments.noise.images import Images
 from optax_moma.continual import correct, correct_linear, linearize
 from optax_moma.merging import diagonal_fisher
@@ -23,6 +24,8 @@ BATCH = 50
 EPOCHS = {"classes": 5, "domains": 10}
 """200 steps a task."""
 RANK = 32
+WARMUP = 0.1
+"""Share of the steps over which the learning rate rises."""
 FISHER_EXAMPLES = 250
 
 
@@ -82,13 +85,6 @@ def optimizer(name: str, rate: optax.ScalarOrSchedule) -> optax.GradientTransfor
     return optax.chain(optax.clip_by_global_norm(1.0), tx)
 
 
-def schedule(peak: Any, steps: int) -> optax.Schedule:
-    """A tenth of the steps up, a cosine down."""
-    warmup = max(1, steps // 10)
-    fall = optax.cosine_decay_schedule(1.0, steps - warmup)
-    return lambda n: peak * jnp.minimum((n + 1) / warmup, 1) * fall(jnp.maximum(n - warmup, 0))
-
-
 def model(base: Params, head: Params, linear: bool) -> Callable[..., jax.Array]:
     """Logits as a function of the body and images; if linear, expanded around the base."""
     apply = Partial(lambda head, body, x: logits(body, head, x), head)
@@ -111,7 +107,7 @@ def trainer(linear: bool, optimizer_name: str) -> Callable[..., Any]:
         y: Any,
     ) -> Any:
         apply = model(base, head, linear)
-        tx = optimizer(optimizer_name, schedule(rate, len(rows)))
+        tx = optimizer(optimizer_name, schedule("cosine", rate, len(rows), WARMUP))
 
         def loss(params: Params, i: jax.Array) -> jax.Array:
             values = optax.softmax_cross_entropy_with_integer_labels(apply(params, x[i]), y[i])

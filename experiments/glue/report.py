@@ -299,8 +299,12 @@ def _dots(
     handles, labels = axes.get_legend_handles_labels()
     first = {label: handle for handle, label in zip(handles, labels, strict=True)}
     axes.legend(first.values(), first.keys(), frameon=False, loc="upper left")
+    split = {"held": "held half of dev", "test": "test"}[path.stem.rpartition("_")[2]]
+    merged = [found for (_, _, n), found in shares.items() if n == size]
+    seeds = sorted({seed for found in merged for _, seed in found}, key=int)
+    among = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}"
     fewer = "; * fewer seeds" if len(set(counts.values())) > 1 else ""
-    axes.set_title(f"{size} experts trained with {optimizer} in one encoder{fewer}")
+    axes.set_title(f"{size} experts of {optimizer} in one encoder; {split}, {among}{fewer}")
     tidy(axes)
     return save(figure, path)
 
@@ -383,23 +387,27 @@ def pairs(rows: list[Row], results: Path) -> str:
         [o, *(number(pick(rows, column, optimizer=o), 3, 1.0) for column in columns)]
         for o in optimizers
     ]
-    figure = Figure(figsize=(4.2 * len(optimizers), 3.8), layout="constrained")
+    figure = Figure(figsize=(5.6 * len(optimizers), 4), layout="constrained")
     for axes, optimizer in zip(
         figure.subplots(1, len(optimizers), squeeze=False)[0], optimizers, strict=True
     ):
         own = [row for row in rows if row["optimizer"] == optimizer]
         names = list(dict.fromkeys(unique(own, "a") + unique(own, "b")))
-        grid = np.full((len(names), len(names)), np.nan)
+        above, below = np.full((2, len(names), len(names)), np.nan)
         for row in own:
             i, j = sorted((names.index(row["a"]), names.index(row["b"])))
-            grid[j, i] = np.mean(pick(own, "sign_conflict", a=row["a"], b=row["b"]))
-            grid[i, j] = np.mean(pick(own, "overlap_optimizer", a=row["a"], b=row["b"]))
-        shown = axes.imshow(grid, cmap="viridis")
+            above[i, j] = np.mean(pick(own, "overlap_optimizer", a=row["a"], b=row["b"]))
+            below[j, i] = np.mean(pick(own, "sign_conflict", a=row["a"], b=row["b"]))
+        # Each half has a scale of its own: sign conflict hardly varies beside overlap.
+        for grid, colours, label in (
+            (below, "cividis", "sign conflict (below)"),
+            (above, "magma", "overlap of curvature (above)"),
+        ):
+            figure.colorbar(axes.imshow(grid, cmap=colours), ax=axes, shrink=0.8, label=label)
         titles = [KINDS[name].title for name in names]
         axes.set_xticks(range(len(names)), titles, rotation=60, ha="right")
         axes.set_yticks(range(len(names)), titles)
-        axes.set_title(f"{optimizer}: overlap of curvature (above),\nsign conflict (below)")
-        figure.colorbar(shown, ax=axes, shrink=0.8)
+        axes.set_title(f"pairs of experts trained with {optimizer}")
     return "\n\n".join(
         [table(["experts of", *columns.values()], lines), save(figure, results / "pairs.png")]
     )

@@ -181,7 +181,8 @@ def run(
             found[name] = [cost(command) for _ in range(1 if name == "mergekit" else rounds)]
         if mergekit is not None:
             print(f"entries merged to the same number: {100 * equal_share(place):.1f} %")
-    where = f"{jax.devices()[0].platform}, {os.cpu_count()} cores, {platform.machine()}"
+    device = f"{jax.devices()[0].platform} {jax.devices()[0].device_kind}"
+    where = f"{device}, {os.cpu_count()} cores, {platform.machine()}"
     table = Table(title=f"TIES of {millions:.0f} M bfloat16 parameters, k = {len(EXPERTS)}")
     for column in ("", "CPU s", "wall s", "mergekit / ours"):
         table.add_column(column, justify="right" if column else "left")

@@ -24,6 +24,8 @@ COLOURS = {
     "sparse, top 2": "C4",
 }
 """Of the lines in the figures; other variants are grey."""
+FAR = 2
+"""Losses beyond so many times the lowest are drawn at the edge of a figure, with their value."""
 
 
 def best(rows: Sequence[Row], variant: str) -> dict[str, Row]:
@@ -159,13 +161,24 @@ def figure(rows: Sequence[Row], path: Path) -> str:
 
 
 def _rates(rows: Sequence[Row], axes: Axes) -> None:
+    rows = [row for row in rows if row["seed"] == "0"]
+    # One run that went wrong would flatten all curves.
+    top = FAR * min(float(row["dev_loss"]) for row in rows)
     for variant in unique(rows, "variant"):
-        own = [row for row in rows if row["variant"] == variant and row["seed"] == "0"]
-        own.sort(key=lambda row: float(row["learning_rate"]))
+        own = sorted(
+            (float(row["learning_rate"]), float(row["dev_loss"]))
+            for row in rows
+            if row["variant"] == variant
+        )
         known = variant in COLOURS
+        for rate, loss in own:
+            if loss > top:
+                axes.plot(rate, top, "^", color=COLOURS.get(variant, "0.8"), ms=9)
+                place = {"xytext": (-8, 0), "textcoords": "offset points", "ha": "right"}
+                axes.annotate(f"{loss:.2f}", (rate, top), va="center", **place)
         axes.plot(
-            [float(row["learning_rate"]) for row in own],
-            [float(row["dev_loss"]) for row in own],
+            [rate for rate, _ in own],
+            [min(loss, top) for _, loss in own],
             "o-",
             color=COLOURS.get(variant, "0.8"),
             label=variant if known else None,
@@ -174,7 +187,8 @@ def _rates(rows: Sequence[Row], axes: Axes) -> None:
             ms=4,
             zorder=2 if known else 1,
         )
-    axes.plot([], [], "o-", color="0.8", lw=1, ms=4, label="other variants")
+    if not set(unique(rows, "variant")) <= set(COLOURS):
+        axes.plot([], [], "o-", color="0.8", lw=1, ms=4, label="other variants")
     axes.set_xscale("log", base=2)
     ticks = sorted({float(row["learning_rate"]) for row in rows})
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])

@@ -64,9 +64,9 @@ class Measured(NamedTuple):
     square: jax.Array
 
 
-def schedule(kind: str, peak: Any, steps: int) -> optax.Schedule:
-    """A linear rise, then a cosine to zero, or constant."""
-    warmup = max(1, round(WARMUP * steps))
+def schedule(kind: str, peak: Any, steps: int, share: float = WARMUP) -> optax.Schedule:
+    """A linear rise over a share of the steps, then a cosine to zero, or constant."""
+    warmup = max(1, round(share * steps))
     rise = lambda count: jnp.minimum((count + 1) / warmup, 1)  # noqa: E731
     if kind == "constant":
         return lambda count: peak * rise(count)

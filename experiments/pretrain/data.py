@@ -2,7 +2,8 @@
 
 A corpus is a folder of text files, parquet files, or a Hugging Face dataset such as FineWeb:
 
-    OPTAX_MOMA_DATA/lm      every *.txt and *.txt.gz, documents parted by lines of a single \\x1e
+    OPTAX_MOMA_DATA/lm      every *.txt and *.txt.gz, documents parted by lines of a single \\x1e;
+                            README.md says what is there
     corpus/*.parquet        a column "text"
     fineweb:sample-10BT     streamed; also any other dataset as owner/name:configuration
 

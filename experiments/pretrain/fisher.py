@@ -22,13 +22,14 @@ from matplotlib.figure import Figure
 import optax_moma as om
 from experiments import pages
 from experiments.agreement import by_leaf
+from experiments.records import machine
 from optax_moma.merging import diagonal_fisher
 
 from . import model
 from .data import Batches, Corpus, find_tokenizer, open_corpus, validation
 from .program import program_for
 from .side import side_study
-from .train import Config, machine
+from .train import Config
 
 CONFIG = Config(vocabulary=1024, width=128, layers=4, length=256, batch=8, steps=400)
 QUICK = dataclasses.replace(CONFIG, vocabulary=512, layers=1, length=64, steps=8)

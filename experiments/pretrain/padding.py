@@ -21,12 +21,13 @@ import optax
 from tokenizers import Tokenizer
 
 from experiments import pages
+from experiments.records import machine
 
 from . import model
 from .data import END, Batches, Corpus, encode, find_tokenizer, open_corpus
 from .program import program_for
 from .side import side_study
-from .train import Config, machine
+from .train import Config
 
 CONFIG = Config(
     vocabulary=1024, width=128, layers=4, length=512, batch=4, lanes=1, steps=300, lr=2e-3,

@@ -3,10 +3,10 @@
     python -m experiments.pretrain.report            # prints; fills RESULTS.md, draws the figures
 
 An optimizer stands with the learning rate that had the lowest validation loss with seed 0, and with
-the mean over all seeds at that rate. Sensitivity is the area under the curve of validation loss
-against log2 of the learning rate, over the common grid and above the curve's own minimum, divided
-by the grid's length: the loss that a rate picked at random costs. A run that diverged counts as one
-that knows nothing, log(vocabulary).
+the mean over all seeds at that rate ± its standard error. Sensitivity is the area under the curve
+of validation loss against log2 of the learning rate, over the common grid and above the curve's own
+minimum, divided by the grid's length: the loss that a rate picked at random costs. A run that
+diverged counts as one that knows nothing, log(vocabulary).
 """
 
 import argparse
@@ -32,9 +32,31 @@ from matplotlib import pyplot as plt
 Size = tuple[int, int, int, int, int]
 SIZE = ("width", "layers", "length", "batch", "steps")
 HEADER = (
-    "optimizer", "state, % of AdamW's", "best lr", "seeds", "validation loss", "spread",
-    "against AdamW, %", "sensitivity",
+    "optimizer", "state, % of AdamW's", "best lr", "seeds", "validation loss",
+    "against AdamW's defaults, %", "sensitivity",
 )  # fmt: skip
+NOTE = (
+    "Validation loss: mean over the seeds at the best rate ± standard error; one seed has none."
+    " Sensitivity: by how much the loss is above the optimizer's best if the rate is drawn from"
+    f" {RATES[0]:g} to {RATES[-1]:g}, all factors alike (seed 0, straight lines between the rates"
+    " that were run; a run that diverged counts as one that knows nothing, the logarithm of the"
+    " vocabulary); empty where one of these rates was not run."
+)
+COLOURS = {
+    "moma": "C0",
+    "moma:b1=0.98": "C9",
+    "adamw": "C3",
+    "adamw:b1=0.5,b2=0.95": "C1",
+    "adamw:b2=0.95": "C6",
+    "adafactor": "C2",
+    "adafactor:b1=0.9": "C8",
+    "galore": "C4",
+    "muon": "C5",
+    "umtam": "C7",
+}
+"""Of families, the same in all figures; others are grey."""
+MARKERS = {0: "o", 4: "v", 8: "s", 16: "o", 32: "^", 64: "D", 128: "P"}
+"""Of ranks; 0 is none."""
 
 
 class Tuned(NamedTuple):
@@ -60,9 +82,10 @@ class Tuned(NamedTuple):
         return float(np.mean(self.losses))
 
     @property
-    def spread(self) -> float:
-        """Standard deviation over seeds, nan for one."""
-        return float(np.std(self.losses, ddof=1)) if len(self.losses) > 1 else math.nan
+    def error(self) -> float:
+        """Standard error of the mean over seeds, 0 for one."""
+        count = len(self.losses)
+        return float(np.std(self.losses, ddof=1) / math.sqrt(count)) if count > 1 else 0.0
 
 
 def size_of(row: Row) -> Size:
@@ -117,8 +140,7 @@ def lines(group: dict[str, Tuned]) -> list[tuple[str, ...]]:
             f"{100 * t.share:.1f}",
             f"{t.rate:g}" + (" (only one)" if len(t.curve) == 1 else ""),
             str(len(t.losses)),
-            f"{t.mean:.4f}",
-            number(t.spread, ".4f"),
+            pages.number(t.losses, 4, 1.0),
             number(100 * (t.mean / adamw - 1), "+.2f"),
             number(t.sensitivity, ".4f"),
         )
@@ -134,7 +156,7 @@ def title(size: Size) -> str:
 
 def markdown(rows: list[Row], folder: Path) -> str:
     """All tables as Markdown, with where and in what time they were made; draws the figures."""
-    rows, parts = latest(rows), []
+    rows, parts = latest(rows), [NOTE]
     for size, group in tuned(rows).items():
         own = [row for row in rows if size_of(row) == size]
         hours = sum(float(row["seconds"]) for row in own) / 3600
@@ -155,8 +177,13 @@ def stem(size: Size) -> str:
     return f"width{size[0]}_batch{size[3]}"
 
 
+def rank(optimizer: str) -> int:
+    """Its rank, 0 if it has none."""
+    return optimizers.parse(optimizer)[1].get("rank", 0)
+
+
 def family(optimizer: str) -> str:
-    """An optimizer without its rank: points of one family are joined."""
+    """An optimizer without its rank: points of one family are joined, and have one colour."""
     name, arguments = optimizers.parse(optimizer)
     rest = ",".join(f"{k}={v}" for k, v in arguments.items() if k != "rank")
     return f"{name}:{rest}" if rest else name
@@ -166,8 +193,22 @@ def families(group: dict[str, Tuned]) -> dict[str, list[tuple[int, Tuned]]]:
     """By family, (rank, result) in order of rank; 0 for those that have none."""
     found: dict[str, list[tuple[int, Tuned]]] = defaultdict(list)
     for name, result in group.items():
-        found[family(name)].append((optimizers.parse(name)[1].get("rank", 0), result))
+        found[family(name)].append((rank(name), result))
     return {name: sorted(pairs, key=lambda p: p[0]) for name, pairs in found.items()}
+
+
+def colour(optimizer: str) -> str:
+    """That of its family."""
+    return COLOURS.get(family(optimizer), "0.7")
+
+
+def references(group: dict[str, Tuned]) -> list[str]:
+    """What ranks are held against: AdamW's defaults, and the best there is of it and Adafactor."""
+    found = ["adamw"]
+    for kind in ("adamw", "adafactor"):
+        own = [name for name in group if optimizers.parse(name)[0] == kind]
+        found += sorted(own, key=lambda name: group[name].mean)[:1]
+    return [name for name in dict.fromkeys(found) if name in group]
 
 
 def figures(size: Size, group: dict[str, Tuned], folder: Path) -> list[str]:
@@ -178,7 +219,8 @@ def figures(size: Size, group: dict[str, Tuned], folder: Path) -> list[str]:
     def draw(kind: str, x_label: str, ticks: list[float] | None = None) -> tuple:
         fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
         pages.tidy(ax)
-        ax.set(xscale="log", xlabel=x_label, ylabel="validation loss", title=title(size))
+        shown = "seed 0" if kind == "rates" else "mean over seeds ± standard error"
+        ax.set(xscale="log", xlabel=x_label, ylabel=f"validation loss, {shown}", title=title(size))
         if ticks:
             ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
             ax.minorticks_off()
@@ -190,23 +232,24 @@ def figures(size: Size, group: dict[str, Tuned], folder: Path) -> list[str]:
         plt.close(fig)
         return link
 
+    def curve(ax, x: list[float], results: list[Tuned], name: str) -> None:
+        y, error = [t.mean for t in results], [t.error for t in results]
+        ax.errorbar(x, y, error, marker="o", capsize=3, label=name, color=colour(name))
+
     fig, ax, path = draw("state", "state, % of AdamW's", [1, 3, 10, 30, 100])
     for name, pairs in families(main).items():
-        x, y = [100 * t.share for _, t in pairs], [t.mean for _, t in pairs]
-        error = [0 if math.isnan(t.spread) else t.spread for _, t in pairs]
-        ax.errorbar(x, y, error, marker="o", capsize=3, label=name)
+        curve(ax, [100 * t.share for _, t in pairs], [t for _, t in pairs], name)
     links = [close(fig, ax, path)]
 
-    by_rank = {name: pairs for name, pairs in families(main).items() if len(pairs) > 1}
+    # Two ranks make no curve.
+    by_rank = {name: pairs for name, pairs in families(main).items() if len(pairs) > 2}
     if by_rank:
         ranks = sorted({r for pairs in by_rank.values() for r, _ in pairs})
         fig, ax, path = draw("rank", "rank", [float(r) for r in ranks])
         for name, pairs in by_rank.items():
-            error = [0 if math.isnan(t.spread) else t.spread for _, t in pairs]
-            x, y = [r for r, _ in pairs], [t.mean for _, t in pairs]
-            ax.errorbar(x, y, error, marker="o", capsize=3, label=name)
-        if "adamw" in group:
-            ax.axhline(group["adamw"].mean, color="black", linestyle=":", label="adamw")
+            curve(ax, [r for r, _ in pairs], [t for _, t in pairs], name)
+        for name in references(group):
+            ax.axhline(group[name].mean, color=colour(name), linestyle=":", label=name)
         links.append(close(fig, ax, path))
 
     fig, ax, path = draw(
@@ -214,7 +257,8 @@ def figures(size: Size, group: dict[str, Tuned], folder: Path) -> list[str]:
     )
     for name, t in main.items():
         finite = {rate: loss for rate, loss in t.curve.items() if math.isfinite(loss)}
-        ax.plot(list(finite), list(finite.values()), marker="o", label=name)
+        style = {"color": colour(name), "marker": MARKERS.get(rank(name), "o")}
+        ax.plot(list(finite), list(finite.values()), label=name, **style)
     links.append(close(fig, ax, path))
     return links
 

@@ -12,7 +12,6 @@ Compiled for, not measured on: there is no time here.
 """
 
 import argparse
-import csv
 import os
 import re
 import time
@@ -33,6 +32,8 @@ from jax.experimental import mesh_utils, topologies
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from rich.console import Console
 from rich.table import Table
+
+from experiments.records import replace
 
 from . import model, optimizers
 from .program import AXES, Program, build
@@ -77,10 +78,6 @@ PLANS = (
 )
 OPTIMIZERS = ("adamw", "moma:rank=32")
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-COLUMNS = (
-    "model", "params", "slice", "mesh", "tokens", "optimizer", "what", "state_bytes", "param_bytes",
-    "temporary_bytes", "flops", *KINDS, "collective_bytes", "largest_collective", "compile_seconds",
-)  # fmt: skip
 KEY = ("model", "slice", "mesh", "optimizer", "what")
 
 ITEM = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "f64": 8}
@@ -228,14 +225,6 @@ def measure(
         }
 
 
-def recorded(file: Path) -> dict[tuple[str, ...], dict[str, Any]]:
-    """The rows of an earlier run, by what they measured: a new measurement replaces the old."""
-    if not file.exists():
-        return {}
-    with file.open(newline="") as lines:
-        return {tuple(row[name] for name in KEY): row for row in csv.DictReader(lines)}
-
-
 def holdings(plan: Plan, names: Iterable[str]) -> dict[str, tuple[int, int]]:
     """Bytes that one chip holds from step to step, by optimizer: its state, the parameters."""
     mesh = AbstractMesh(plan.mesh, AXES)
@@ -281,17 +270,12 @@ def main() -> None:
         "model", "slice", "optimizer", "what", "state", "parameters", "temporary", "collectives",
         "largest", "TFLOP", title="Per chip, MiB; compiled for TPUs, not measured on them",
     )  # fmt: skip
-    rows = recorded(args.output)
     for plan in PLANS:
         if args.only not in (None, plan.name) or args.slice not in (None, plan.slice):
             continue
         for optimizer in args.optimizers:
             for row in measure(plan, optimizer, args.what):
-                rows[tuple(str(row[name]) for name in KEY)] = row
-                with args.output.open("w", newline="") as file:
-                    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-                    writer.writeheader()
-                    writer.writerows(rows.values())
+                replace(args.output, KEY, row)
                 sizes = ("state_bytes", "param_bytes", "temporary_bytes", "collective_bytes")
                 table.add_row(
                     *(row[name] for name in ("model", "slice", "optimizer", "what")),

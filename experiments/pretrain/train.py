@@ -15,8 +15,6 @@ import csv
 import dataclasses
 import json
 import math
-import os
-import platform
 import shlex
 import signal
 import sys
@@ -33,6 +31,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 import optax_moma as om
+from experiments.records import machine
 
 from . import model, optimizers
 from .data import Batches, find_tokenizer, open_corpus, validation
@@ -211,14 +210,6 @@ def say(*parts: str) -> None:
     """Prints a line, once for all processes."""
     if jax.process_index() == 0:
         print(*parts, flush=True)
-
-
-def machine() -> str:
-    """What a run ran on."""
-    device = jax.devices()[0]
-    return (
-        f"{jax.device_count()} x {device.device_kind}, {os.cpu_count()} cores, {platform.machine()}"
-    )
 
 
 def evaluate(

@@ -247,8 +247,8 @@ def own_process(
 
 def machine() -> str:
     """What the times were measured on."""
-    cores = len(os.sched_getaffinity(0))
-    return f"{jax.devices()[0].platform}, {cores} cores, {platform.machine()}"
+    device = jax.devices()[0]
+    return f"{device.platform} {device.device_kind}, {os.cpu_count()} cores, {platform.machine()}"
 
 
 @app.command()

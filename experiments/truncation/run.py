@@ -7,13 +7,14 @@ more warm-started subspace iterations keep a rank-r part of it; an exact SVD kee
 table shows the energy of what is lost, as a multiple of what the SVD loses.
 """
 
-import argparse
 import csv
 import time
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -22,6 +23,8 @@ from optax_moma._lowrank import Factors, follow
 from optax_moma._tree import named_leaves
 from optax_moma.demo import recorded_gradients
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+RESULTS = Path(__file__).with_name("results.csv")
 B1, B2, EPS = 0.9, 0.999, 1e-8
 
 
@@ -61,29 +64,29 @@ def losses(stream: list[jax.Array], rank: int, iterations: int) -> list[tuple[fl
     return result
 
 
-def main() -> None:
+@app.command(help=__doc__)
+def main(
+    steps: int = 12,
+    rank: int = 32,
+    every: Annotated[int, typer.Option(help="take every so-manieth matrix")] = 4,
+    output: Path = RESULTS,
+) -> None:
     """Prints the table and writes it as CSV."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--every", type=int, default=4, help="take every so-manieth matrix")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("results.csv"))
-    args = parser.parse_args()
     start = time.monotonic()
-    trees = [named_leaves(tree) for tree in recorded_gradients(args.steps)]
+    trees = [named_leaves(tree) for tree in recorded_gradients(steps)]
     names = trees[0][0]
     # The word embeddings are left out: their exact SVD takes minutes.
     chosen = [
         i
         for i, leaf in enumerate(trees[0][1])
-        if leaf.ndim == 2 and args.rank < min(leaf.shape) and max(leaf.shape) < 5000
-    ][:: args.every]
+        if leaf.ndim == 2 and rank < min(leaf.shape) and max(leaf.shape) < 5000
+    ][::every]
     streams = {names[i]: preconditioned([leaves[i] for _, leaves in trees]) for i in chosen}
 
     lines = []
     for iterations in (1, 2, 3, 4):
         for name, stream in streams.items():
-            for t, (lost, best) in enumerate(losses(stream, args.rank, iterations)):
+            for t, (lost, best) in enumerate(losses(stream, rank, iterations)):
                 lines.append((iterations, name, t + 1, lost, best))
     table = Table(
         "iterations", "all steps", "from step 3", "worst matrix", title="Energy lost / best rank-r"
@@ -100,12 +103,12 @@ def main() -> None:
         table.add_row(str(iterations), *(f"{x:.4f}" for x in (*ratios, worst)))
     console = Console()
     console.print(table)
-    console.print(f"{len(streams)} matrices, rank {args.rank}, {time.monotonic() - start:.0f} s")
-    with args.output.open("w", newline="") as file:
+    console.print(f"{len(streams)} matrices, rank {rank}, {time.monotonic() - start:.0f} s")
+    with output.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("iterations", "matrix", "step", "lost", "best"))
         writer.writerows((*a, f"{b:.6e}", f"{c:.6e}") for *a, b, c in lines)
 
 
 if __name__ == "__main__":
-    main()
+    app()

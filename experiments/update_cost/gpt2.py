@@ -8,27 +8,28 @@ Rows go to gpt2.csv as they come; a new measurement replaces the old. Times are 
 the optimizers in turn, and say something only on a machine that does nothing else meanwhile.
 """
 
-import argparse
-import csv
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import typer
 from rich.console import Console
 from rich.table import Table
 
 from experiments.pretrain import model, optimizers
 from experiments.pretrain.program import build, make_mesh
-from experiments.update_cost.run import OPTIMIZERS, abstract, gpt2, machine
+from experiments.records import machine, replace
+from experiments.update_cost.run import OPTIMIZERS, abstract, gpt2
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+RESULTS = Path(__file__).with_name("gpt2.csv")
 KEY = ("what", "case", "optimizer")
-COLUMNS = (*KEY, "value", "unit", "of_reference", "detail", "jax", "machine")
 SHAPES = {(768, 768): 12, (768, 2304): 12, (768, 3072): 12, (3072, 768): 12, (1024, 768): 1}
 SHAPES |= {(50257, 768): 1}
 """How often each matrix occurs in GPT-2."""
@@ -146,38 +147,29 @@ def step(rows: int, length: int, rounds: int) -> Iterator[Row]:
         yield Row("step", case, name, float(np.median(t)), "s", float(np.median(ratios)), detail)
 
 
-def main() -> None:
+@app.command(help=__doc__)
+def main(
+    what: Annotated[Literal["memory", "published", "step"], typer.Argument()],
+    rounds: Annotated[int, typer.Option(help="timed rounds of a step")] = 3,
+    repetitions: Annotated[int, typer.Option(help="turns of published")] = 3,
+    rows: Annotated[int, typer.Option(help="sequences of a step")] = 2,
+    length: Annotated[int, typer.Option(help="tokens of a sequence")] = 1024,
+    output: Path = RESULTS,
+) -> None:
     """Measures one thing, prints its table and writes it among the others."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("what", choices=("memory", "published", "step"))
-    parser.add_argument("--rounds", type=int, default=3, help="timed rounds of a step")
-    parser.add_argument("--repetitions", type=int, default=3, help="turns of published")
-    parser.add_argument("--rows", type=int, default=2, help="sequences of a step")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("gpt2.csv"))
-    args = parser.parse_args()
     measured = {
         "memory": memory,
-        "published": lambda: published(args.repetitions),
-        "step": lambda: step(args.rows, args.length, args.rounds),
-    }[args.what]()
-    rows: dict[tuple[str, ...], dict[str, Any]] = {}
-    if args.output.exists():
-        with args.output.open(newline="") as file:
-            rows = {tuple(row[k] for k in KEY): row for row in csv.DictReader(file)}
-    table = Table("case", "optimizer", "value", "unit", "ratio", "detail", title=args.what)
+        "published": lambda: published(repetitions),
+        "step": lambda: step(rows, length, rounds),
+    }[what]()
+    table = Table("case", "optimizer", "value", "unit", "ratio", "detail", title=what)
     for row in measured:
         values = {"value": f"{row.value:.4g}", "of_reference": f"{row.of_reference:.4g}"}
-        rows[row[:3]] = row._asdict() | values | {"jax": jax.__version__, "machine": machine()}
-        with args.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows.values())
+        about = {"jax": jax.__version__, "machine": machine()}
+        replace(output, KEY, row._asdict() | values | about)
         table.add_row(*row[1:3], values["value"], row.unit, values["of_reference"], row.detail)
     Console().print(table)
 
 
 if __name__ == "__main__":
-    main()
+    app()

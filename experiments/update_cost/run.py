@@ -7,24 +7,26 @@ Times are ratios measured side by side: every optimizer takes one step in turn, 
 each round's times is what the median is taken of.
 """
 
-import argparse
 import csv
 import os
 import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import typer
 from rich.console import Console
 from rich.table import Table
 
 import optax_moma as om
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+RESULTS = Path(__file__).with_name("results.csv")
 Shapes = dict[str, tuple[int, ...]]
 
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
@@ -147,14 +149,14 @@ def machine() -> str:
     return f"{device.platform} {device.device_kind}, {os.cpu_count()} cores, {platform.machine()}"
 
 
-def main() -> None:
+@app.command(help=__doc__)
+def main(
+    rounds: int = 20,
+    shape: tuple[int, int] = (768, 3072),
+    size: Annotated[int, typer.Option(help="side of the matrix for buffers")] = 4096,
+    output: Path = RESULTS,
+) -> None:
     """Prints the three tables and writes them as one CSV file."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--shape", type=int, nargs=2, default=(768, 3072))
-    parser.add_argument("--size", type=int, default=4096, help="side of the matrix for buffers")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("results.csv"))
-    args = parser.parse_args()
     console, lines = Console(), []
 
     sizes = state_bytes()
@@ -168,30 +170,28 @@ def main() -> None:
         ]
     console.print(table)
 
-    label = f"{args.size} x {args.size}"
+    label = f"{size} x {size}"
     table = Table("update", "in", "out", "temporary", "sum", title=f"Live arrays of {label}")
-    for name, parts in live_buffers(args.size).items():
+    for name, parts in live_buffers(size).items():
         table.add_row(name, *(f"{x:.2f}" for x in (*parts, sum(parts))))
         lines.append(("live_buffers", name, label, f"{sum(parts):.3f}", f"{parts[-1]:.3f}"))
     console.print(table)
 
-    label = f"{args.shape[0]} x {args.shape[1]}"
+    label = f"{shape[0]} x {shape[1]}"
     for donate in (True, False):
         kind = "state donated" if donate else "nothing donated"
         table = Table("update", "ms", "x AdamW", title=f"Time of one update, {label}, {kind}")
-        for name, (ms, ratio) in interleaved(tuple(args.shape), args.rounds, donate).items():
+        for name, (ms, ratio) in interleaved(shape, rounds, donate).items():
             table.add_row(name, f"{ms:.2f}", f"{ratio:.2f}")
             lines.append((f"time, {kind}", name, label, f"{ms:.3f}", f"{ratio:.3f}"))
         console.print(table)
-    console.print(
-        f"medians of {args.rounds} interleaved rounds on {machine()}, jax {jax.__version__}"
-    )
+    console.print(f"medians of {rounds} interleaved rounds on {machine()}, jax {jax.__version__}")
 
-    with args.output.open("w", newline="") as file:
+    with output.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("what", "optimizer", "shape", "value", "relative", "machine"))
         writer.writerows((*line, machine()) for line in lines)
 
 
 if __name__ == "__main__":
-    main()
+    app()

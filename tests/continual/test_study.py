@@ -11,6 +11,7 @@ import pytest
 
 from experiments.continual import cost, methods, report, run, stages, streams, worlds
 from experiments.continual.methods import METHODS
+from experiments.noise.forks import schedule
 from optax_moma.continual import linearize
 
 typer_testing = pytest.importorskip("typer.testing")
@@ -33,7 +34,7 @@ def plain(world, stream, start, task, linear, rate, seed=0):
     apply = linearize(apply, world.base) if linear else apply
     tx = optax.chain(
         optax.clip_by_global_norm(1.0),
-        optax.adamw(worlds.schedule(rate, len(rows)), weight_decay=0.0),
+        optax.adamw(schedule("cosine", rate, len(rows), worlds.WARMUP), weight_decay=0.0),
     )
     params, state = start, tx.init(start)
     for i in rows:

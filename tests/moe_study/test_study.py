@@ -12,6 +12,8 @@ nnx = pytest.importorskip("flax.nnx")
 for extra in ("grain", "matplotlib", "tokenizers", "typer"):
     pytest.importorskip(extra)
 
+from matplotlib.figure import Figure  # noqa: E402
+
 from experiments.glue import tasks  # noqa: E402
 from experiments.moe import cost, language, report, text, training  # noqa: E402
 from experiments.moe.variants import VARIANTS, Sizes, Stack, make_identities  # noqa: E402
@@ -175,6 +177,17 @@ def test_language_study_and_its_report(problem, tmp_path, monkeypatch):
     soft, other = (report.best(rows, name) for name in names)
     more = np.mean([float(other[s]["test_loss"]) - float(soft[s]["test_loss"]) for s in soft])
     assert f"{more:.3f} ±" in text and (tmp_path / "language.png").exists()
+
+
+def test_a_loss_far_off_is_drawn_at_the_edge():
+    rows = [
+        {"variant": "soft", "seed": "0", "learning_rate": rate, "dev_loss": loss}
+        for rate, loss in (("0.001", "0.4"), ("0.002", "1.6"))
+    ]
+    axes = Figure().subplots()
+    report._rates(rows, axes)
+    assert axes.get_ylim()[1] < 1 and [text.get_text() for text in axes.texts] == ["1.60"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["soft"]
 
 
 def test_the_same_data_for_all_variants_and_other_data_for_other_seeds(problem):

@@ -124,19 +124,31 @@ def test_report(results, tmp_path, monkeypatch, capsys):
     assert text.startswith("# Prose") and text.endswith("more\n") and "old" not in text
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     table = {row[0]: row[1:] for row in rows if len(row) == len(report.HEADER)}
-    # Mean of 4, 4.01 and 4.02, less a half for moma; standard deviation 0.01.
-    assert table["adamw"][:6] == ["100.0", "0.002", "3", "4.0100", "0.0100", "+0.00"]
-    assert table["moma:rank=8"][:5] == ["10.0", "0.016", "3", "3.5100", "0.0100"]
-    assert float(table["moma:rank=8"][5]) == pytest.approx(-100 * 0.5 / 4.01, abs=0.01)
+    # Mean of 4, 4.01 and 4.02, less a half for moma; standard error 0.01 over the root of 3.
+    assert table["adamw"][:5] == ["100.0", "0.002", "3", "4.0100 ± 0.0058", "+0.00"]
+    assert table["moma:rank=8"][:4] == ["10.0", "0.016", "3", "3.5100 ± 0.0058"]
+    assert float(table["moma:rank=8"][4]) == pytest.approx(-100 * 0.5 / 4.01, abs=0.01)
     # Excess over the grid 1, 2, 4e-3: .1, 0 and, diverged, log(1024) - 4.
     area = 0.05 + (math.log(1024) - 4) / 2
-    assert float(table["adamw"][6]) == pytest.approx(area / 2, abs=1e-4)
+    assert float(table["adamw"][5]) == pytest.approx(area / 2, abs=1e-4)
     # moma's lowest lies past the grid: 1.6, 0.9, 0.4.
-    assert float(table["moma:rank=8"][6]) == pytest.approx((0.8 + 0.9 + 0.2) / 2, abs=1e-4)
+    assert float(table["moma:rank=8"][5]) == pytest.approx((0.8 + 0.9 + 0.2) / 2, abs=1e-4)
     assert {p.name for p in tmp_path.glob("*.png")} == {
         f"width128_batch8_{kind}.png"
         for kind in ("state", "rates")  # one rank makes no curve
     }
+
+
+def test_ranks_are_drawn_from_three_on_beside_the_best_of_others(tmp_path):
+    result = lambda loss: report.Tuned(0.1, 2e-3, [loss], {1e-3: 9.0, 2e-3: loss}, None)
+    group = {f"moma:rank={r}": result(4.5 - r / 100) for r in (4, 8)}
+    group |= {"adamw": result(4.6), "adamw:b1=0.5": result(4.4), "adamw:b2=0.9": result(4.5)}
+    group |= {"adafactor:b1=0.9": result(4.6), "adafactor": result(4.5)}
+    assert report.references(group) == ["adamw", "adamw:b1=0.5", "adafactor"]
+    size = (128, 4, 256, 8, 400)
+    assert not any("rank" in link for link in report.figures(size, group, tmp_path))
+    group["moma:rank=16"] = result(4.3)
+    assert any("rank" in link for link in report.figures(size, group, tmp_path))
 
 
 def test_a_real_run_enters_the_study(new_run, tmp_path, capsys):
