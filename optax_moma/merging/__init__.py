@@ -40,6 +40,8 @@ from optax_moma.merging._masks import consensus as consensus
 from optax_moma.merging._masks import della as della
 from optax_moma.merging._masks import drop_by_magnitude as drop_by_magnitude
 from optax_moma.merging._masks import energy as energy
+from optax_moma.merging._masks import largest as largest
+from optax_moma.merging._masks import magmax as magmax
 from optax_moma.merging._masks import match_norm as match_norm
 from optax_moma.merging._masks import pcb as pcb
 from optax_moma.merging._masks import sce as sce

@@ -4,7 +4,7 @@ Kernels are (fan-in, fan-out), as in Flax: the papers' matrices are their transp
 merges one matrix, and ``EachMatrix`` finds the matrices of a leaf.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -37,9 +37,10 @@ class RegMean:
         grams = grams / _metric.nonzero(jnp.max(jnp.abs(grams)))
         diagonal = grams * jnp.eye(x.shape[1], dtype=x.dtype)
         grams = per_expert(say, x) * (self.ratio * grams + (1 - self.ratio) * diagonal)
-        a = sum_experts(grams)
-        b = sum_experts(jnp.einsum("kij,kjo->kio", grams, x, precision="highest"))
-        return combined(leaf, ridge_solution(a, b, _steps.weighted_mean(leaf), self.ridge))
+        # Solved for what is apart from the mean: of experts that agree that is nothing.
+        mean = _steps.weighted_mean(leaf)
+        pulls = sum_experts(product(grams, x - mean))
+        return combined(leaf, mean + ridge_inverse(sum_experts(grams), pulls, self.ridge))
 
 
 def regmean(ratio: Number = 0.95, ridge: Number = 1e-6) -> Chain:
@@ -59,7 +60,8 @@ def regmean(ratio: Number = 0.95, ridge: Number = 1e-6) -> Chain:
     Args:
       ratio: Factor of the off-diagonal entries, from 0 to 1.
       ridge: How much the solution is drawn to the mean, at least 0, relative to the mean
-        eigenvalue of A; it decides where no expert has inputs. 0 is the published formula.
+        eigenvalue of A; it decides where no expert has inputs. 0 is the published formula, which
+        has no solution for fewer examples than inputs and ``ratio`` 1: then as much as rounding.
 
     Returns:
       A method for ``merge``.
@@ -100,15 +102,14 @@ class Wudi:
         size = _metric.nonzero(jnp.max(jnp.abs(x)))
         x = x / size
         norms = _metric.nonzero(jnp.sum(x**2, axis=(1, 2), keepdims=True))
-        gram = jnp.einsum("kio,kjo->kij", x, x, precision="highest") / norms
-        a = sum_experts(gram)
-        b = sum_experts(jnp.einsum("kij,kjo->kio", gram, x, precision="highest"))
-        start = sum_experts(x)
+        factors, start = x / jnp.sqrt(norms), sum_experts(x)
         if self.steps is None:
-            merged = ridge_solution(a, b, start, self.ridge)
+            # Solved for what is apart from the start: of experts that agree that is nothing.
+            apart = list(x - start)
+            merged = start + least_squares(list(factors), apart, jnp.ones(len(x)), self.ridge)
         else:
             merged = _descent(
-                lambda y: 2 * (jnp.matmul(a, y, precision="highest") - b),
+                lambda y: 2 * sum_experts(product(factors, product(factors.mT, y - x))),
                 start,
                 self.learning_rate / size,
                 self.steps,
@@ -116,11 +117,59 @@ class Wudi:
         return combined(leaf, size * merged)
 
 
-def ridge_solution(a: jax.Array, b: jax.Array, start: jax.Array, ridge: Number) -> jax.Array:
-    """Returns the X that minimises <X, a X> - 2 <X, b> + c |X - start|**2, c relative to a."""
-    c = ridge * _metric.nonzero(jnp.trace(a)) / a.shape[0]
-    lower = jax.scipy.linalg.cho_factor(a + c * jnp.eye(a.shape[0], dtype=a.dtype), lower=True)
-    return jax.scipy.linalg.cho_solve(lower, b + c * start)
+def least_squares(
+    factors: Sequence[jax.Array], d: Sequence[jax.Array], weights: jax.Array, ridge: Number
+) -> jax.Array:
+    """Returns the X that minimises sum_t w_t |F_t^T (X - d_t)|**2 + c |X|**2.
+
+    F_t (m, p), d_t (m, n), A = sum_t w_t F_t F_t^T, c = ridge * tr(A) / m, or what rounding needs:
+    X = (A + c I)^-1 sum_t w_t F_t F_t^T d_t. With F all sqrt(w_t) F_t side by side and P all
+    sqrt(w_t) F_t^T d_t below each other, that is F (F^T F + c I)^-1 P: it is the smaller Gram that
+    is factorised, so that the words of an embedding may be on either side.
+    """
+    k, (m, p) = len(factors), factors[0].shape
+    ridge = resolved(ridge, m, d[0].dtype)
+    if k * p < m:
+        roots = jnp.where(weights > 0, jnp.sqrt(_metric.nonzero(weights)), 0)
+        F = jnp.concatenate([root * F_t for root, F_t in zip(roots, factors, strict=True)], axis=1)
+        P = jnp.concatenate([product(F_t.T, d_t) for F_t, d_t in zip(factors, d, strict=True)])
+        P = jnp.repeat(roots, p)[:, None] * P
+        return product(F, ridge_inverse(product(F.T, F), P, ridge * (k * p / m)))
+    A = [w_t * product(F_t, F_t.T) for w_t, F_t in zip(weights, factors, strict=True)]
+    pulls = [product(A_t, d_t) for A_t, d_t in zip(A, d, strict=True)]
+    return ridge_inverse(sum_experts(A), sum_experts(pulls), ridge)
+
+
+def resolved(ridge: Number, n: int, dtype: jnp.dtype) -> jax.Array:
+    """Returns a ridge of at least 32 eps n, so that c is at least 32 eps tr(A).
+
+    Rounding puts some eps tr(A) of everything where A is zero, and 1 / c magnifies it.
+    """
+    return jnp.maximum(jnp.asarray(ridge, dtype), 32 * n * jnp.finfo(dtype).eps)
+
+
+def ridge_inverse(a: jax.Array, b: jax.Array, ridge: Number) -> jax.Array:
+    """Returns (a + c I)^-1 b, c = ridge * tr(a) / n, for a symmetric a that is not negative.
+
+    Where rounding makes a + c I indefinite, c is as much as this rounding.
+    """
+    n = a.shape[0]
+
+    def factorised(c: jax.Array) -> jax.Array:
+        return jax.scipy.linalg.cho_factor(a + c * jnp.eye(n, dtype=a.dtype), lower=True)[0]
+
+    c = ridge * _metric.nonzero(jnp.trace(a)) / n
+    rounding = n**0.5 * jnp.finfo(a.dtype).eps * _metric.nonzero(jnp.linalg.norm(a))
+    lower = factorised(c)
+    lower = jax.lax.cond(
+        jnp.all(jnp.isfinite(lower)), lambda: lower, lambda: factorised(jnp.maximum(c, rounding))
+    )
+    return jax.scipy.linalg.cho_solve((lower, True), b)
+
+
+def product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns the product of matrices, or of stacks of them, in full precision."""
+    return jnp.matmul(a, b, precision="highest")
 
 
 def _descent(
@@ -149,13 +198,13 @@ def wudi(ridge: Number = 1e-2, scale: Number = 1.0, *, axes: str = "mn") -> Chai
     B = sum_t X_t X_t^T X_t / |X_t|**2; merged = base + scale * X.
 
     Needs a base; takes any number of experts, with weights that are not negative. Leaves that are
-    no matrices are averaged. One Cholesky factorisation of fan-in x fan-in per matrix. The authors
-    stop an iteration early instead: that is ``wudi_adam``.
+    no matrices are averaged. One Cholesky factorisation per matrix, of the smaller of fan-in and
+    k times fan-out. The authors stop an iteration early instead: that is ``wudi_adam``.
 
     Args:
       ridge: How much the solution is drawn to the sum of the task vectors, where the authors'
-        iteration starts; at least 0, relative to the mean eigenvalue of A. In float32 keep it
-        above 1e-6.
+        iteration starts; at least 0, relative to the mean eigenvalue of A, and in effect at least
+        4e-6 times the fan-in, which rounding to float32 needs.
       scale: The factor of the merged task vector.
       axes: Which leaves are matrices, as in ``tsv_m``.
 
@@ -279,8 +328,10 @@ def ace(
     triplets of X + sum_t (G_t - sum_s H_s / k) X_t.
 
     Needs a base; takes any number of experts, with weights that are not negative. Leaves that are
-    no matrices are averaged. Follows the authors' code where summaries of the paper differ: it is
-    Z_t, not X_t, that the Grams multiply, so that X has no mean over the outputs.
+    no matrices are averaged. Each expert's Gram, fan-in x fan-in, is made: average embeddings,
+    whose fan-in are the words, by another method. Follows the authors' code where summaries of the
+    paper differ: it is Z_t, not X_t, that the Grams multiply, so that X has no mean over the
+    outputs.
 
     Args:
       eps: The ridge, above 0, in units of the square of a matrix's singular values: it is no share.

@@ -431,7 +431,7 @@ def _faulty_values(
                         "values that are not finite; retrain, leave this model out, or let them "
                         "through with a recipe's allow_nonfinite"
                     )
-                    faults.append((where, what, _count_not_finite(leaf)))
+                    faults.append((where, what, count_not_finite(leaf)))
                 elif leaf is not other and _has_values(other) and _kind(other) == "other":
                     what = (
                         f"values of dtype {_dtype(leaf)} that differ between the models; what is "
@@ -441,12 +441,15 @@ def _faulty_values(
         what = "values that are not finite; leave the batches out that caused them"
         if not gram:
             what = "values that are negative or not finite; a second moment is neither"
-        count_faults = _count_not_finite if gram else _count_not_curvature
+        count_faults = count_not_finite if gram else _count_not_curvature
         for label, leaves in curvatures:
             for path, v in leaves.items():
                 parts = [p for p in jax.tree.leaves(v) if _has_values(p) and _kind(p) == "float"]
                 where = f"{label}, {path_text(path)}"
                 faults += [(where, what, count_faults(part)) for part in parts]
+                if gram and parts:
+                    skew = "entries of a Gram that is not symmetric; pass x.T @ x of the inputs x"
+                    faults.append((where, skew, _count_asymmetric(parts[0])))
     counts = jax.device_get([count for _, _, count in faults])
     return [
         f"{where}: {count} {what}"
@@ -460,8 +463,18 @@ def _has_values(x: Any) -> bool:
 
 
 @jax.jit
-def _count_not_finite(x: jax.Array) -> jax.Array:
+def count_not_finite(x: jax.Array) -> jax.Array:
+    """Returns how many entries are NaN or infinite."""
     return jnp.sum(~jnp.isfinite(x))
+
+
+@jax.jit
+def _count_asymmetric(gram: jax.Array) -> jax.Array:
+    if gram.ndim < 2 or gram.shape[-1] != gram.shape[-2]:
+        return jnp.zeros((), jnp.int32)  # Reported as a mismatch of shapes.
+    # Rounded products may differ across the diagonal, in bfloat16 by a hundredth.
+    largest = jnp.max(jnp.abs(gram), axis=(-2, -1), keepdims=True)
+    return jnp.sum(jnp.abs(gram - gram.mT) > 0.02 * largest)
 
 
 @jax.jit

@@ -124,11 +124,13 @@ def gathered(x: jax.Array) -> jax.Array:
 
 def compute_dtype(arrays: Sequence[jax.Array]) -> jnp.dtype:
     """Returns the dtype a leaf is merged in: float64 if any array has it, else float32."""
-    return jnp.result_type(jnp.float32, *(x.dtype for x in arrays))
+    # Floats of 8 bits are promoted to nothing by themselves.
+    return jnp.result_type(jnp.float32, *(x.dtype for x in arrays if x.dtype.itemsize > 1))
 
 
 def merged_dtype(inputs: LeafInputs) -> jnp.dtype:
     """Returns the dtype of the merged leaf: the base's, else the one that holds all experts'."""
     if inputs.base is not None:
         return jnp.asarray(inputs.base).dtype
-    return jnp.result_type(*(jnp.asarray(x).dtype for x in inputs.experts))
+    dtypes = [jnp.asarray(x).dtype for x in inputs.experts]
+    return jnp.result_type(*([d for d in dtypes if d.itemsize > 1] or dtypes))

@@ -17,6 +17,7 @@ from optax_moma.merging import _metric
 from optax_moma.merging._contract import Contract, check_number
 from optax_moma.merging._inputs import checked_inputs, is_float
 from optax_moma.merging._leaf import sum_experts
+from optax_moma.merging._masks import own_entries
 from optax_moma.merging._steps import Number
 from optax_moma.merging._trees import Tree, each_float, moved, wide
 
@@ -102,7 +103,8 @@ def tall_masks(
       experts: Trees of params, a list or a dict by name.
       base: The params that the experts were fine-tuned from.
       threshold: How large an expert's entry must be relative to all others' sum, at least 0; the
-        authors tune it on each task's validation data, from 0.2 to 0.6.
+        authors tune it on each task's validation data, from 0.2 to 0.6: an array (k,), in the order
+        of the experts' names.
 
     Returns:
       ``MaskedExperts``.
@@ -127,10 +129,8 @@ def tall_masks(
 
 @jax.jit
 def _own(x: jax.Array, threshold: Number) -> _Leaf:
-    total = sum_experts(x)
-    masks = jnp.abs(x) > threshold * jnp.abs(total - x)
     nothing = jnp.zeros(x.shape[0], x.dtype)
-    return _Leaf(total, _packed(masks), nothing, nothing)
+    return _Leaf(sum_experts(x), _packed(own_entries(x, threshold)), nothing, nothing)
 
 
 def masked_expert(merged: MaskedExperts, name: str, *, base: Tree) -> Tree:

@@ -1,4 +1,4 @@
-"""More masks and weights, and the methods made of them: Breadcrumbs, DELLA, SCE, PCB, consensus.
+"""More masks and weights, and methods of them: Breadcrumbs, DELLA, SCE, PCB, consensus, MagMax.
 
 In the formulas t runs over the k experts, d_t = expert_t - base, and w_t are the user's weights.
 """
@@ -12,7 +12,8 @@ from optax_moma._checks import check_integer
 from optax_moma._matrix import reshard, sharding_of
 from optax_moma.merging import _metric, _select, _steps
 from optax_moma.merging._contract import Contract, check_number
-from optax_moma.merging._leaf import TaskVectors, gathered, per_expert, sum_experts
+from optax_moma.merging._leaf import TaskVectors, combined, gathered, per_expert, sum_experts
+from optax_moma.merging._matrices import check_axes, layout_of
 from optax_moma.merging._steps import Chain, Number, chain
 from optax_moma.merging._sums import fixed_mean, fixed_sum
 
@@ -152,7 +153,8 @@ class DropByMagnitude:
 
     density: Number
     spread: Number
-    rescale: bool = field(default=True, metadata={"static": True})
+    axes: str = field(metadata={"static": True})
+    rescale: bool = field(metadata={"static": True})
 
     @property
     def contract(self) -> Contract:
@@ -163,7 +165,7 @@ class DropByMagnitude:
         """Multiplies the weights by random masks."""
         assert leaf.keys is not None
         shape = leaf.delta.shape[1:]
-        place = jnp.stack([_place(d) for d in leaf.delta])
+        place = jnp.stack([_place(d, self.axes) for d in leaf.delta])
         probability = self.density + self.spread * place
         draws = jax.lax.map(lambda key: jax.random.uniform(key, shape, jnp.float32), leaf.keys)
         leaf = leaf._replace(weight=leaf.weight * (draws < probability))
@@ -172,36 +174,42 @@ class DropByMagnitude:
         return leaf._replace(delta=leaf.delta / _metric.nonzero(probability))
 
 
-def _place(delta: jax.Array) -> jax.Array:
-    """Returns where entries stand among those of their fan-in: -1, smallest, to 1, largest."""
-    # Fan-in is the first axis of a matrix; a vector is ranked as a whole.
-    axis = -2 if delta.ndim > 1 else -1
-    size = delta.shape[axis] if delta.ndim else 1
-    if size == 1:
+def _place(delta: jax.Array, axes: str) -> jax.Array:
+    """Returns where entries stand among those of their fan-in: -1, smallest, to 1, largest.
+
+    What is no matrix is ranked as a whole.
+    """
+    layout = layout_of(axes, delta.shape)
+    x = gathered(jnp.abs(jax.lax.stop_gradient(delta)))
+    x = x.reshape(-1, 1) if layout is None else layout.to_matrix(x)
+    size = x.shape[-2]
+    if size <= 1:
         return jnp.zeros_like(delta)
-    order = jnp.argsort(gathered(jnp.abs(jax.lax.stop_gradient(delta))), axis=axis)
-    rank = reshard(jnp.argsort(order, axis=axis), sharding_of(delta))
-    return 2 * (rank.astype(delta.dtype) / (size - 1)) - 1
+    rank = jnp.argsort(jnp.argsort(x, axis=-2), axis=-2)
+    rank = rank.reshape(delta.shape) if layout is None else layout.from_matrix(rank, rank)
+    return 2 * (reshard(rank, sharding_of(delta)).astype(delta.dtype) / (size - 1)) - 1
 
 
 def drop_by_magnitude(
-    density: Number, spread: Number = 0.15, *, rescale: bool = True
+    density: Number, spread: Number = 0.15, *, rescale: bool = True, axes: str = "mn"
 ) -> DropByMagnitude:
     """Drops entries of each expert at random, small ones more often, and scales up the rest.
 
-    p_t = density + spread * (2 r_t - 1), r_t in [0, 1] the rank of |d_t| along the fan-in axis
-    (of a vector: among all entries); weight_t *= m_t, m_t ~ Bernoulli(p_t); d_t /= p_t.
+    p_t = density + spread * (2 r_t - 1), r_t in [0, 1] the rank of |d_t| among the entries of one
+    output, along fan-in (in leaves that are no matrices: among all entries);
+    weight_t *= m_t, m_t ~ Bernoulli(p_t); d_t /= p_t.
 
     Args:
       density: Share of entries kept on average, from 0 to 1.
       spread: How much more than the average the largest entries are kept, and the smallest less.
       rescale: Whether to divide the task vectors by the probabilities.
+      axes: Which leaves are matrices, as in ``tsv_m``.
 
     Returns:
       A step. Needs a base and a key.
 
     Raises:
-      ValueError: if a probability would not be between 0 and 1.
+      ValueError: if a probability would not be between 0 and 1, or ``axes`` name no matrices.
 
     Example:
       >>> from optax_moma.merging import chain, drop_by_magnitude, merge, total
@@ -215,10 +223,12 @@ def drop_by_magnitude(
     check_number("density", density, 0, 1)
     if not isinstance(density, jax.Array):
         check_number("spread", spread, 0, min(float(density), 1 - float(density)))
-    return DropByMagnitude(density, spread, bool(rescale))
+    return DropByMagnitude(density, spread, check_axes(axes), bool(rescale))
 
 
-def della(density: Number = 0.5, spread: Number = 0.15, scale: Number = 1.0) -> Chain:
+def della(
+    density: Number = 0.5, spread: Number = 0.15, scale: Number = 1.0, *, axes: str = "mn"
+) -> Chain:
     """Drops entries at random, small ones more often, elects signs, and averages.
 
     With m_t and p_t as in ``drop_by_magnitude``, e_t = m_t d_t / p_t, sign = sign(sum_t w_t e_t),
@@ -231,13 +241,14 @@ def della(density: Number = 0.5, spread: Number = 0.15, scale: Number = 1.0) -> 
       density: Share of entries kept on average, from 0 to 1.
       spread: How much more than the average the largest entries are kept, and the smallest less.
       scale: The factor of the merged task vector.
+      axes: Which leaves are matrices, as in ``tsv_m``.
 
     Returns:
       A method for ``merge``:
-      ``chain(drop_by_magnitude(density, spread), elect(), mean(), scale(scale))``.
+      ``chain(drop_by_magnitude(density, spread, axes=axes), elect(), mean(), scale(scale))``.
 
     Raises:
-      ValueError: if a number is out of range.
+      ValueError: if a number is out of range, or ``axes`` name no matrices.
 
     Example:
       >>> from optax_moma.merging import della, merge
@@ -247,9 +258,8 @@ def della(density: Number = 0.5, spread: Number = 0.15, scale: Number = 1.0) -> 
 
     Source: Deep et al. 2024, "DELLA-Merging" (arXiv 2406.11617).
     """
-    return chain(
-        drop_by_magnitude(density, spread), _steps.elect(), _steps.mean(), _steps.scale(scale)
-    )
+    drop = drop_by_magnitude(density, spread, axes=axes)
+    return chain(drop, _steps.elect(), _steps.mean(), _steps.scale(scale))
 
 
 @jax.tree_util.register_dataclass
@@ -261,8 +271,8 @@ class Select:
 
     @property
     def contract(self) -> Contract:
-        """A base."""
-        return Contract(base=True)
+        """A base, and experts that can differ."""
+        return Contract(base=True, min_experts=2)
 
     def __call__(self, leaf: TaskVectors) -> TaskVectors:
         """Multiplies task vectors and weights by the common mask."""
@@ -285,7 +295,7 @@ def select(density: Number) -> Select:
       density: Share of entries kept, from 0 to 1.
 
     Returns:
-      A step. Needs a base.
+      A step. Needs a base and at least two experts.
 
     Raises:
       ValueError: if the density is out of range.
@@ -489,9 +499,15 @@ class Consensus:
     def __call__(self, leaf: TaskVectors) -> TaskVectors:
         """Multiplies the weights by the common mask."""
         say = leaf.weight * leaf.delta
-        others = jnp.abs(sum_experts(say) - say)
-        agree = sum_experts((jnp.abs(say) > self.threshold * others).astype(jnp.int32))
+        agree = sum_experts(own_entries(say, self.threshold).astype(jnp.int32))
         return leaf._replace(weight=leaf.weight * (agree >= self.experts))
+
+
+def own_entries(x: jax.Array, threshold: Number) -> jax.Array:
+    """Returns the TALL masks of k task vectors, with one threshold or one per expert."""
+    if isinstance(threshold, jax.Array) and threshold.ndim:
+        threshold = per_expert(threshold, x)
+    return jnp.abs(x) > threshold * jnp.abs(sum_experts(x) - x)
 
 
 def consensus(threshold: Number = 0.4, experts: int = 2) -> Consensus:
@@ -504,8 +520,9 @@ def consensus(threshold: Number = 0.4, experts: int = 2) -> Consensus:
     to keep every expert, are those of ``tall_masks``.
 
     Args:
-      threshold: How large an expert's entry must be relative to all others' sum, at least 0;
-        0.2 to 0.6 in the paper.
+      threshold: How large an expert's entry must be relative to all others' sum, at least 0; the
+        paper tunes one per task, from 0.2 to 0.6: an array (k,), in the order of the experts'
+        names.
       experts: How many experts must need an entry.
 
     Returns:
@@ -525,3 +542,66 @@ def consensus(threshold: Number = 0.4, experts: int = 2) -> Consensus:
     """
     check_number("threshold", threshold, 0)
     return Consensus(threshold, check_integer("experts", experts, 1))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Largest:
+    """See ``largest``."""
+
+    contract = Contract(base=True, combines=True)
+
+    def __call__(self, leaf: TaskVectors) -> TaskVectors:
+        """Combines the task vectors."""
+        first, *others = leaf.weight * leaf.delta
+        for other in others:
+            first = jnp.where(jnp.abs(other) > jnp.abs(first), other, first)
+        return combined(leaf, first)
+
+
+def largest() -> Largest:
+    """Combines the experts by taking, at each entry, the task vector that is largest there.
+
+    delta = w_s d_s, s = argmax_t |w_t d_t|, entrywise; of equals the first by name.
+
+    Returns:
+      A step. Needs a base.
+
+    Example:
+      >>> from optax_moma.merging import largest, merge
+      >>> experts = [{"w": jnp.array([3., 1.])}, {"w": jnp.array([1., -2.])}]
+      >>> merge(largest(), experts, base={"w": jnp.zeros(2)})
+      {'w': Array([ 3., -2.], dtype=float32)}
+
+    Source: Marczak et al. 2024, "MagMax" (arXiv 2407.06322).
+    """
+    return Largest()
+
+
+def magmax(scale: Number = 0.5) -> Chain:
+    """Takes the largest entries of all task vectors.
+
+    merged = base + scale * d_s, s = argmax_t |w_t d_t|, entrywise.
+
+    Needs a base; takes any number of experts. Meant for experts that were fine-tuned one after the
+    other, each from the one before, on tasks that arrive in sequence; takes others as well.
+
+    Args:
+      scale: The factor of the merged task vector, which the authors tune on validation data.
+
+    Returns:
+      A method for ``merge``: ``chain(largest(), scale(scale))``.
+
+    Raises:
+      ValueError: if the scale is not finite.
+
+    Example:
+      >>> from optax_moma.merging import magmax, merge
+      >>> experts = [{"w": jnp.array([3., 1.])}, {"w": jnp.array([1., -2.])}]
+      >>> merge(magmax(), experts, base={"w": jnp.zeros(2)})
+      {'w': Array([ 1.5, -1. ], dtype=float32)}
+
+    Source: Marczak et al. 2024, "MagMax: Leveraging Model Merging for Seamless Continual Learning"
+    (arXiv 2407.06322).
+    """
+    return chain(largest(), _steps.scale(scale))

@@ -9,7 +9,15 @@ import numpy as np
 from jax.core import Tracer
 
 from optax_moma.merging._contract import Contract, Step, SummaryStep
-from optax_moma.merging._inputs import Checked, Path, checked_inputs, is_float, path_text
+from optax_moma.merging._inputs import (
+    Checked,
+    MergeError,
+    Path,
+    checked_inputs,
+    count_not_finite,
+    is_float,
+    path_text,
+)
 from optax_moma.merging._leaf import LeafInputs, merged_dtype, stable_id, task_vectors
 from optax_moma.merging._unstack import unstacked
 
@@ -54,8 +62,9 @@ def merge(
 
     Raises:
       TypeError: if an argument is of the wrong type.
-      ValueError: if anything else is wrong with the inputs, with all that is wrong in one message.
-        Values are checked where arrays have any, so not under ``jax.jit``.
+      ValueError: if anything else is wrong with the inputs, with all that is wrong in one message;
+        or if a merged leaf is not finite, as float16 may overflow. Values are checked where arrays
+        have any, so not under ``jax.jit``.
 
     Example:
       >>> from optax_moma.merging import task_arithmetic
@@ -80,7 +89,22 @@ def merge(
         else jnp.asarray(reference[path])
         for path in inputs.paths
     ]
+    check_merged(dict(zip(map(path_text, inputs.paths), merged, strict=True)))
     return jax.tree_util.tree_unflatten(inputs.treedef, merged)
+
+
+def check_merged(leaves: Mapping[str, jax.Array]) -> None:
+    """Raises if there is anything but finite numbers in merged leaves that have values."""
+    known = {name: x for name, x in leaves.items() if is_float(x) and not isinstance(x, Tracer)}
+    counts = jax.device_get({name: count_not_finite(x) for name, x in known.items()})
+    problems = [
+        f"{name}: {count} values of {leaves[name].dtype} that are not finite after the merge; "
+        "lower its scale, raise its ridge, or merge into a wider dtype"
+        for name, count in counts.items()
+        if count
+    ]
+    if problems:
+        raise MergeError("The merge failed,", problems)
 
 
 @jax.jit

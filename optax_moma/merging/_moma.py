@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from optax_moma.merging import _metric, _steps
 from optax_moma.merging._contract import Contract, check_number
-from optax_moma.merging._gram import ridge_solution
+from optax_moma.merging._gram import least_squares
 from optax_moma.merging._leaf import TaskVectors, combined, heard, per_expert, sum_experts
 from optax_moma.merging._matrices import EachMatrix, check_axes
 from optax_moma.merging._steps import Chain, Number, chain
@@ -40,31 +40,19 @@ class OutputMetric:
         if self.curved:
             assert leaf.curvature is not None
             roots = _metric.relative_power(leaf.curvature, self.power, d.dtype)
-        metrics, moved = zip(*map(output_metric, d, roots), strict=True)
+        G, moved = zip(*map(gradients, d, roots), strict=True)
         w = jnp.where(jnp.stack(moved), w, 0)
-        B = [w_t * B_t for w_t, B_t in zip(w, metrics, strict=True)]
         # Solved for what is apart from the mean: of experts that agree that is nothing.
         mean = sum_experts(per_expert(w, d) * d) / _metric.nonzero(jnp.sum(w))
-        apart = [product(d_t - mean, B_t) for d_t, B_t in zip(d, B, strict=True)]
-        W = mean + right_solution(sum_experts(apart), sum_experts(B), self.ridge)
-        return combined(leaf, W)
+        apart = [(d_t - mean).T for d_t in d]
+        return combined(leaf, mean + least_squares([G_t.T for G_t in G], apart, w, self.ridge).T)
 
 
-def output_metric(d: jax.Array, root: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns B = G^T G / |G|**2, G = d root, and whether there is any G."""
+def gradients(d: jax.Array, root: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns G / |G|, G = d root, and whether there is any G."""
     G = d / _metric.nonzero(jnp.max(jnp.abs(d))) * root
-    norm = jnp.sum(G**2)
-    return product(G.T, G) / _metric.nonzero(norm), norm > 0
-
-
-def right_solution(right: jax.Array, B: jax.Array, ridge: Number) -> jax.Array:
-    """Returns right (B + c I)^-1, c = ridge * tr(B) / n."""
-    return ridge_solution(B, right.T, jnp.zeros((), B.dtype), ridge).T
-
-
-def product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Returns the product of matrices, or of stacks of them, in full precision."""
-    return jnp.matmul(a, b, precision="highest")
+    norm = jnp.sqrt(jnp.sum(G**2))
+    return G / _metric.nonzero(norm), norm > 0
 
 
 def moma(
@@ -87,7 +75,8 @@ def moma(
 
     Needs a base, and a curvature unless its power is 0; takes any number of experts, with weights
     that are not negative. Per matrix, k products of n x n and one Cholesky factorisation of that
-    size. Entry by entry, and so many times as fast on a CPU, is ``curvature_ties``.
+    size, or of k m x k m where that is smaller, as in an output layer of many words. Entry by
+    entry, and so many times as fast on a CPU, is ``curvature_ties``.
 
     Args:
       scale: The factor of the merged task vector.
@@ -96,6 +85,7 @@ def moma(
       ridge: How much the solution is drawn to the mean, at least 0, relative to the mean eigenvalue
         of B; it decides along outputs that no expert was trained along. Where experts have gone far
         from the base and fight for the same outputs, it should be larger, or the scale smaller.
+        In effect it is at least 4e-6 n, which rounding to float32 needs.
       axes: Which leaves are matrices, as in ``tsv_m``.
 
     Returns:

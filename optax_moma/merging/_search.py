@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
+
+import jax.numpy as jnp
 
 from optax_moma.merging import _steps
 from optax_moma.merging._diagonal import task_arithmetic
 from optax_moma.merging._merge import merge
-
-Tree = Any
+from optax_moma.merging._trees import Tree, each_float, wide
 
 
 class Search(NamedTuple):
@@ -201,9 +203,16 @@ def df_merge(
         raise ValueError(
             f"coefficients are for {list(given)}, but the experts are {list(named)}; give each one."
         )
-    scaled = [merge(task_arithmetic(given[name]), [named[name]], base=base) for name in named]
-    curvature = [fisher(name, params) for name, params in zip(named, scaled, strict=True)]
+    # Wide until the end: the scaled experts are rounded for their Fisher information only.
+    start = each_float(wide, base, other=jnp.asarray)
+    narrow = partial(each_float, lambda b, x: x.astype(jnp.asarray(b).dtype), base)
+    scaled = [merge(task_arithmetic(given[name]), [named[name]], base=start) for name in named]
+    curvature = [
+        fisher(name, narrow(params, other=jnp.asarray))
+        for name, params in zip(named, scaled, strict=True)
+    ]
     method = _steps.chain(
         _steps.weigh(1.0, normalize=False), _steps.mean(), _steps.scale(float(len(scaled)))
     )
-    return merge(method, scaled, base=base, curvature=curvature)
+    merged = merge(method, scaled, base=start, curvature=curvature)
+    return narrow(merged, other=jnp.asarray)

@@ -16,10 +16,11 @@ import optax
 
 from optax_moma.merging import _metric
 from optax_moma.merging._contract import Contract, check_number
+from optax_moma.merging._gram import product, resolved, ridge_inverse
 from optax_moma.merging._inputs import checked_inputs, is_float
 from optax_moma.merging._leaf import Curvature
 from optax_moma.merging._matrices import check_axes, gathered, layout_of
-from optax_moma.merging._moma import output_metric, product, right_solution
+from optax_moma.merging._moma import gradients
 from optax_moma.merging._steps import Number
 from optax_moma.merging._trees import Tree, each_float, moved, wide
 
@@ -255,7 +256,8 @@ def _added(state: RunningMoma, arrival: Tree, power: Number, axes: str) -> Runni
         if new.curvature is not None:
             root = _metric.relative_power([new.curvature], power, mean.dtype)[0]
         m, d, root = (_matrices(x, axes) for x in (mean, new.delta, root))
-        B, moved = jax.lax.map(lambda pair: output_metric(*pair), (d, root))
+        G, moved = jax.lax.map(lambda pair: gradients(*pair), (d, root))
+        B = product(G.mT, G)
         heard = heard + moved
         share = jnp.where(moved, 1 / _metric.nonzero(heard), 0)
         mean = _back(m + share[:, None, None] * (d - m), mean, axes)
@@ -271,9 +273,9 @@ def _running_solution(state: RunningMoma, scale: Number, ridge: Number, axes: st
         if heard.ndim == 0:
             return scale * mean
         m = _matrices(mean, axes)
-        apart = pull - product(m, metric)
-        ways = jax.lax.map(lambda pair: right_solution(*pair, ridge=ridge), (apart, metric))
-        return scale * _back(m + ways, mean, axes)
+        apart, least = pull - product(m, metric), resolved(ridge, m.shape[-1], m.dtype)
+        ways = jax.lax.map(lambda x: ridge_inverse(x[0], x[1], least), (metric, apart.mT))
+        return scale * _back(m + ways.mT, mean, axes)
 
     return each_float(one, state.base, state.mean, state.metric, state.pull, state.heard)
 

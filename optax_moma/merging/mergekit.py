@@ -12,6 +12,9 @@ methods, and what they are here:
 - ``multislerp``: ``multislerp()``
 - ``karcher``: ``karcher()`` with equal weights
 - ``model_stock``: ``model_stock()``, which never lets the ratio fall below zero
+- ``passthrough``: a recipe's rule ``keep:``
+
+There is nothing here like ``nearswap``, ``arcee_fusion``, ``ram`` and ``ramplus_tl``.
 
 ``normalize`` of a method without an election divides by the sum of the weights: give weights that
 add up to one. Weights below zero are refused where a sum is divided by them: mergekit lets them
@@ -199,6 +202,7 @@ def della_linear(
     scale: _steps.Number = 1.0,
     *,
     rescale: bool = True,
+    axes: str = "mn",
 ) -> _steps.Chain:
     """DELLA's masks, rescaled to the L1 norm, and a sum.
 
@@ -212,9 +216,10 @@ def della_linear(
       spread: How much more than the average the largest entries are kept, and the smallest less.
       scale: The factor of the sum.
       rescale: Whether to rescale; without, c_t = 1.
+      axes: Which leaves are matrices, as in ``tsv_m``; mergekit ranks along the last axis of all.
 
     Returns:
-      A method for ``merge``: ``chain(drop_by_magnitude(density, spread, rescale=False),
+      A method for ``merge``: ``chain(drop_by_magnitude(density, spread, rescale=False, axes=axes),
       match_norm(), total(), scale(scale))``.
 
     Raises:
@@ -230,7 +235,7 @@ def della_linear(
 
     Source: mergekit's ``della_linear``, after Deep et al. 2024 (arXiv 2406.11617).
     """
-    sparsify = _masks.drop_by_magnitude(density, spread, rescale=False)
+    sparsify = _masks.drop_by_magnitude(density, spread, rescale=False, axes=axes)
     return _merged(sparsify, scale, rescale=rescale, elect=False)
 
 
@@ -241,6 +246,7 @@ def della(
     *,
     normalize: bool = True,
     rescale: bool = True,
+    axes: str = "mn",
 ) -> _steps.Chain:
     """DELLA's masks, rescaled to the L1 norm, with the election of ``ties``.
 
@@ -256,9 +262,10 @@ def della(
       scale: The factor of the merged task vector.
       normalize: Whether to divide by the weights that agree; they must then not be negative.
       rescale: Whether to rescale; without, c_t = 1.
+      axes: Which leaves are matrices, as in ``tsv_m``; mergekit ranks along the last axis of all.
 
     Returns:
-      A method for ``merge``: ``chain(drop_by_magnitude(density, spread, rescale=False),
+      A method for ``merge``: ``chain(drop_by_magnitude(density, spread, rescale=False, axes=axes),
       match_norm(), elect(tied="positive"), mean(), scale(scale))``, with ``total()`` if not
       normalised.
 
@@ -275,7 +282,7 @@ def della(
 
     Source: mergekit's ``della``, after Deep et al. 2024 (arXiv 2406.11617).
     """
-    sparsify = _masks.drop_by_magnitude(density, spread, rescale=False)
+    sparsify = _masks.drop_by_magnitude(density, spread, rescale=False, axes=axes)
     return _merged(sparsify, scale, rescale=rescale, normalize=normalize)
 
 

@@ -20,6 +20,7 @@ from optax_moma.merging import (
     merge,
     moma,
     ota,
+    regmean,
     scale,
     task_arithmetic,
     ties,
@@ -238,3 +239,32 @@ def test_traced_numbers_are_not_checked():
         return merge(ties(density), GOOD, base=params())["dense"]["bias"]
 
     assert f(1.5).shape == (2,)
+
+
+def test_a_merge_that_is_not_finite_is_told():
+    big = {"layer": {"w": jnp.full(3, 6e4, jnp.float16)}, "n": jnp.arange(2)}
+    base = jax.tree.map(jnp.zeros_like, big) | {"n": big["n"]}
+    with pytest.raises(MergeError, match="layer/w: 3 values of float16") as error:
+        merge(task_arithmetic(1.0), [big, big], base=base)
+    assert "lower its scale" in str(error.value)
+    # Nobody knows the values of what is traced.
+    traced = jax.jit(lambda big: merge(task_arithmetic(1.0), [big, big], base=base))(big)
+    assert jnp.isinf(traced["layer"]["w"]).all()
+
+
+def test_floats_of_eight_bits():
+    eight = {"w": jnp.array([1.0, 3.0], jnp.float8_e4m3fn)}
+    other = {"w": jnp.array([2.0, 4.0], jnp.float8_e4m3fn)}
+    base = {"w": jnp.zeros(2, jnp.bfloat16)}
+    for given in (None, base):
+        merged = merge(average(), [eight, other], base=given)["w"]
+        assert merged.dtype == (jnp.float8_e4m3fn if given is None else jnp.bfloat16)
+        assert merged.astype(jnp.float32).tolist() == [1.5, 3.5]
+
+
+def test_second_moments_are_no_grams():
+    rng = np.random.default_rng(0)
+    expert, x = {"w": rng.normal(size=(4, 4))}, rng.normal(size=(9, 4))
+    moments = {"w": rng.random((4, 4))}
+    with pytest.raises(ValueError, match="12 entries of a Gram that is not symmetric"):
+        merge(regmean(), [expert, expert], curvature=[moments, {"w": x.T @ x}])

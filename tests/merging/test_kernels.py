@@ -20,6 +20,7 @@ from optax_moma.merging import (
     iso_cts,
     karcher,
     knots,
+    magmax,
     match_norm,
     mean,
     merge,
@@ -122,6 +123,44 @@ def test_della_keeps_and_rescales_by_rank():
     np.testing.assert_allclose(one["w"], two["w"], rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match=r"spread must be from 0 to 0\.1"):
         drop_by_magnitude(0.9, 0.2)
+
+
+def test_della_ranks_the_entries_of_one_output():
+    """Whatever axes hold its inputs; leaves that are no matrices as a whole."""
+    rng = np.random.default_rng(4)
+    spread = lambda x, axes: np.asarray(
+        merge(
+            chain(drop_by_magnitude(0.5, 0.5, axes=axes), total()),
+            [{"w": jnp.asarray(x)}],
+            base={"w": jnp.zeros(x.shape)},
+            key=KEY,
+        )["w"]
+    )
+    x = rng.normal(size=(5, 3, 7)).astype(np.float32)
+    # Along its ranks from 0 to 1 the first entry is always dropped, the last always kept.
+    for axes, axis in (("mnn", 0), ("nmn", 1), ("nnm", 2)):
+        kept, rank = spread(x, axes), np.abs(x).argsort(axis).argsort(axis)
+        assert not kept[rank == 0].any()
+        np.testing.assert_allclose(kept[rank == x.shape[axis] - 1], x[rank == x.shape[axis] - 1])
+        p = rank / (x.shape[axis] - 1)
+        np.testing.assert_allclose(kept[kept != 0], (x / np.where(p, p, 1))[kept != 0], rtol=1e-6)
+    whole = np.abs(x).argsort(None).argsort().reshape(x.shape) / (x.size - 1)
+    kept = spread(x, "mn")
+    np.testing.assert_allclose(
+        kept[kept != 0], (x / np.where(whole, whole, 1))[kept != 0], rtol=1e-6
+    )
+    alone = spread(x[:1, :1, 0], "mn")  # kept or not, as by a coin
+    assert alone in (0, 2 * x[0, 0, 0])
+
+
+def test_magmax():
+    base, experts, d = problem(4)
+    weights = [0.5, -2.0, 1.0]
+    merged = merge(magmax(0.7), experts, base=base, weights=weights)
+    for name in base:
+        x = np.stack([w * y for w, y in zip(weights, d[name], strict=True)])
+        index = np.abs(x).argmax(0)[None]
+        check(merged, base, 0.7 * np.take_along_axis(x, index, 0)[0], name)
 
 
 @pytest.mark.parametrize("size", [0.1, 1e-25])

@@ -61,9 +61,11 @@ def test_emr():
             close(kept[n], base[n] + scale * agree[n] * uni[n])
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.4])
+@pytest.mark.parametrize("threshold", [0.0, 0.4, [0.2, 0.9, 0.5]])
 def test_tall_masks_and_their_consensus(threshold):
     base, experts, d = problem(1)
+    of_each = np.broadcast_to(threshold, 3)
+    threshold = jnp.asarray(threshold) if isinstance(threshold, list) else threshold
     merged = tall_masks(dict(zip("abc", experts, strict=True)), base=base, threshold=threshold)
     agreed = {n: 0 for n in base}
     for t, name in enumerate("abc"):
@@ -71,7 +73,7 @@ def test_tall_masks_and_their_consensus(threshold):
         for n in base:
             # |theta_0 - theta_t| > |theta_multi - theta_t| * threshold
             multi = d[n].sum(0)
-            mask = np.abs(d[n][t]) > threshold * np.abs(multi - d[n][t])
+            mask = np.abs(d[n][t]) > of_each[t] * np.abs(multi - d[n][t])
             close(kept[n], base[n] + mask * multi)
             agreed[n] = agreed[n] + bits(merged.masks[name])[n][: mask.size].reshape(mask.shape)
     whole = merge(chain(consensus(threshold, 2), total()), experts, base=base)

@@ -45,6 +45,23 @@ def problem(shape, seed=0):
     return draw(), [draw() for _ in range(K)]
 
 
+@pytest.mark.parametrize("shape", [(40, 3), (3, 40), (7, 6)])
+@pytest.mark.parametrize("ridge", [1e-2, 1.0])
+def test_wudi_is_its_minimum_whichever_side_is_long(shape, ridge):
+    base, experts = problem(shape)
+    d = [(e["w"] - base["w"]).astype(np.float64) for e in experts]
+    A = [x @ x.T / np.sum(x**2) for x in d]
+    c = ridge * np.trace(sum(A)) / shape[0]
+    right = sum(A_t @ d_t for A_t, d_t in zip(A, d, strict=True)) + c * sum(d)
+    want = base["w"] + np.linalg.solve(sum(A) + c * np.eye(shape[0]), right)
+    merged = merge(wudi(ridge), experts, base=base)["w"]
+    np.testing.assert_allclose(merged, want, rtol=1e-4, atol=1e-4)
+    # Adam's first step goes along the sign of the same objective's gradient.
+    step = merge(wudi_adam(1e-3, 1), experts, base=base)["w"] - base["w"] - sum(d)
+    gradient = sum(A_t @ (sum(d) - d_t) for A_t, d_t in zip(A, d, strict=True))
+    np.testing.assert_allclose(step, -1e-3 * np.sign(gradient), rtol=0.05, atol=1e-5)
+
+
 def mapped(change, base, experts):
     return jax.tree.map(change, base), [jax.tree.map(change, e) for e in experts]
 

@@ -1,11 +1,14 @@
 """The recommended merge against its formula in NumPy, and what is said of it."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from optax_moma._moments import Factored
-from optax_moma.merging import chain, curvature_ties, merge, moma, scale, trim
+from optax_moma.merging import chain, curvature_ties, merge, moma, scale, trim, wudi
+from optax_moma.merging._leaf import LeafInputs
+from optax_moma.merging._merge import merge_leaf
 
 RNG = np.random.default_rng(0)
 SHAPE = (12, 9)
@@ -46,6 +49,42 @@ def test_formula(power, ridge, weights):
     found = merged(moma(0.7, power=power, ridge=ridge), base, d, v, weights)
     expected = 0.7 * formula(d, v, weights, power, ridge)
     np.testing.assert_allclose(found, expected, rtol=3e-4, atol=3e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 40), (40, 3)])
+def test_either_side_may_be_long(shape):
+    """Where fan-out is longer than all experts' fan-in, another Gram is factorised."""
+    base, d, v = problem(shape=shape)
+    weights = [0.5, 2.0, 0.0]
+    found = merged(moma(), base, d, v, weights)
+    np.testing.assert_allclose(found, formula(d, v, weights), rtol=3e-4, atol=3e-5)
+
+
+def test_memory_of_an_output_layer():
+    """A vocabulary has no Gram: that of this one alone would have 0.9 GB."""
+    shape = jax.ShapeDtypeStruct((8, 15_000), jnp.float32)
+    numbers = jax.ShapeDtypeStruct((2,), jnp.float32)
+    one = jax.ShapeDtypeStruct((), jnp.uint32)
+    inputs = LeafInputs((shape, shape), shape, (shape, shape), numbers, None, one, numbers)
+    for method, side in ((moma(), 1), (wudi(), 0)):
+        turned = inputs if side else jax.tree.map(_turned, inputs)
+        compiled = merge_leaf.lower(method, turned).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < 20 * 4 * 8 * 15_000
+
+
+def _turned(x):
+    return jax.ShapeDtypeStruct(x.shape[::-1], x.dtype)
+
+
+@pytest.mark.parametrize("shape", [(3, 40), (40, 3), SHAPE])
+def test_without_a_ridge_it_is_what_rounding_needs(shape):
+    """B is singular, as outputs were not trained along: without a ridge there is no solution."""
+    base, d, _ = problem(shape=shape)
+    d = [x * (np.arange(shape[1]) < 2) for x in d]
+    found = merged(moma(power=0, ridge=0), base, d, [np.ones(shape)] * 3)
+    least = 32 * shape[1] * np.finfo(np.float32).eps
+    want = formula(d, [np.ones(shape)] * 3, [1, 1, 1], power=0, ridge=least)
+    np.testing.assert_allclose(found, want, atol=0.03 * np.abs(want).max())
 
 
 def test_factored_curvature_is_its_product():

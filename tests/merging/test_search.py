@@ -146,6 +146,28 @@ def test_df_merge():
         check(merged[n], wanted, rtol=1e-5)
 
 
+def test_df_merge_rounds_once():
+    narrow = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
+    base, experts = narrow(BASE), {t: narrow(e) for t, e in EXPERTS.items()}
+    dtypes, estimate = [], {t: jax.tree.map(lambda x: jnp.abs(x) + 0.1, DELTA[t]) for t in DELTA}
+
+    def fisher(name, params):
+        dtypes.extend(x.dtype for x in jax.tree.leaves(params))
+        return estimate[name]
+
+    merged = df_merge({"math": 0.7, "code": 0.2}, experts, fisher, base=base)
+    assert set(dtypes) == {jnp.dtype(jnp.bfloat16)}
+    wide = lambda tree: jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+    f, b = {t: wide(v) for t, v in estimate.items()}, wide(base)
+    for n in BASE:
+        moved = {t: c * (wide(experts[t])[n] - b[n]) for t, c in (("math", 0.7), ("code", 0.2))}
+        say = sum(f[t][n] for t in moved)
+        want = b[n] + 2 * sum(f[t][n] * moved[t] for t in moved) / say
+        assert merged[n].dtype == jnp.bfloat16
+        # Half a unit in the last place of 8 bits.
+        np.testing.assert_allclose(np.asarray(merged[n], np.float64), want, rtol=2**-8)
+
+
 def test_df_merge_of_lists_and_of_nothing_learned():
     experts = list(EXPERTS.values())
     names = list(EXPERTS)

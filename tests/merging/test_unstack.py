@@ -1,5 +1,7 @@
 """A merge compiled on slices is that compiled on stacks."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,9 +52,12 @@ def test_same_as_on_stacks(name, monkeypatch):
             continue
         inputs = leaf(shape, k)
         fast = merge_leaf(method, inputs)
+        on_stacks = mock.Mock(side_effect=lambda function, k: function)
         with monkeypatch.context() as patch:
-            patch.setattr("optax_moma.merging._merge.unstacked", lambda function, k: function)
-            slow = jax.jit(merge_leaf.__wrapped__)(method, inputs)
+            patch.setattr("optax_moma.merging._merge.unstacked", on_stacks)
+            # A function of its own: that of merge_leaf has been traced already.
+            slow = jax.jit(lambda *given: merge_leaf.__wrapped__(*given))(method, inputs)
+        on_stacks.assert_called_once()
         assert fast.dtype == slow.dtype and fast.shape == shape
         np.testing.assert_allclose(fast, slow, rtol=2e-6, atol=1e-7)
 
