@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ OPTIMIZERS = ("moma", "adamw", "umtam")
 """The order of the tables, whatever the order in which results came."""
 REFERENCE = "moma"
 """The merge with which the others are compared, set by set and seed by seed."""
+OURS = "curvature R, C"
+"""The score whose lead over magnitude is shown task by task."""
+WEAK = ("cola", "rte")
+"""Tasks on which experts of so few texts are hardly better than a constant answer, or worse."""
 
 Shares = dict[tuple[str, str], float]
 """By experts and seed."""
@@ -134,6 +139,11 @@ def selection(rows: list[Row], results: Path) -> str:
             heading += "tensor" if scope == "tensor" else "expert"
             heads = [f"{100 * float(d):g} %" for d in densities]
             parts.append(f"{heading}:\n\n{table(['score', *heads, 'seeds'], lines)}")
+            if OURS in curves and scope == "tensor":
+                gaps = _by_task_gaps(curves[OURS], curves["magnitude"])
+                parts.append(
+                    f"{OURS} minus magnitude, by task, points:\n\n{_gap_table(gaps, heads)}"
+                )
         axes = figure.axes[0]
         axes.set_ylabel("share of the expert's score kept (%)")
         figure.axes[1].legend(frameon=False, fontsize=8)
@@ -168,11 +178,33 @@ def _seeds_of(curve: Mapping[tuple[str, str], np.ndarray]) -> int:
 
 def _gaps(curve: Mapping[Any, np.ndarray], plain: Mapping[Any, np.ndarray]) -> np.ndarray:
     """(tasks, densities): what one curve has more than the other, each task's mean over seeds."""
+    return np.array([np.mean(gaps, axis=0) for gaps in _by_task_gaps(curve, plain).values()])
+
+
+def _by_task_gaps(
+    curve: Mapping[Any, np.ndarray], plain: Mapping[Any, np.ndarray]
+) -> dict[str, list[np.ndarray]]:
+    """By task, what one curve has more than the other, (densities,) for each seed of both."""
     by_task: dict[str, list[np.ndarray]] = {}
     for task, seed in curve:
         if (task, seed) in plain:
             by_task.setdefault(task, []).append(curve[task, seed] - plain[task, seed])
-    return np.array([np.mean(gaps, axis=0) for gaps in by_task.values()])
+    return by_task
+
+
+def _gap_table(gaps: Mapping[str, list[np.ndarray]], heads: Sequence[str]) -> str:
+    """Each task's gaps over its seeds, and the mean over tasks without the one that gains most."""
+    means = {task: np.mean(own, axis=0) for task, own in gaps.items()}
+    lines = [
+        [KINDS[task].title, *(_signed(np.array(own)[:, i]) for i in range(len(heads)))]
+        for task, own in gaps.items()
+    ]
+    most = max(means, key=lambda task: float(np.sum(means[task])))
+    others = np.array([mean for task, mean in means.items() if task != most])
+    if len(others):
+        cells = (_signed(others[:, i]) for i in range(len(heads)))
+        lines.append([f"mean without {KINDS[most].title}", *cells])
+    return table(["task", *heads], lines)
 
 
 def _signed(gaps: np.ndarray) -> str:
@@ -189,12 +221,7 @@ def merging(rows: list[Row], results: Path, name: str = "merging", *, floor: boo
     for split, optimizer in dict.fromkeys((row["split"], row["optimizer"]) for row in rows):
         own = [r for r in rows if r["split"] == split and r["optimizer"] == optimizer]
         sizes = sorted({row["experts"].count("+") + 1 for row in own}, reverse=True)
-        shares = {
-            (method, tuned, size): _means(own, method, tuned, size)
-            for method in unique(own, "method")
-            for tuned in ("False", "True")
-            for size in sizes
-        }
+        shares = _shares(own)
         for size in sizes:
             parts.append(_merges_of(shares, own, size, f"Experts of {optimizer}, {split}"))
         methods = _by_lead(shares, sizes[0])
@@ -214,12 +241,14 @@ def _merges_of(
     shares: Mapping[tuple[str, str, int], Shares], rows: list[Row], size: int, heading: str
 ) -> str:
     """The table of the merges of so many experts."""
+    able = _shares([row for row in rows if row["task"] not in WEAK])
     lines = [
         [
             method,
             number(list(shares[method, "True", size].values())),
             number(list(shares[method, "False", size].values())),
             "" if method == REFERENCE else number(_leads(shares, method, size)),
+            "" if method == REFERENCE else number(_leads(able, method, size)),
             str(_seeds(shares, method, size)),
         ]
         for method in _by_lead(shares, size)
@@ -227,9 +256,9 @@ def _merges_of(
     sets = len({row["experts"] for row in rows if row["experts"].count("+") + 1 == size})
     among = f"{size} experts" if sets == 1 else f"{size} experts, {sets} sets"
     head = f"{heading}, {among}: mean share of the experts' scores kept (%)"
-    return f"{head}\n\n" + table(
-        ["method", "tuned", "default", f"{REFERENCE}'s lead", "seeds"], lines
-    )
+    without = " and ".join(KINDS[task].title for task in WEAK)
+    leads = (f"{REFERENCE}'s lead", f"lead without {without}")
+    return f"{head}\n\n" + table(["method", "tuned", "default", *leads, "seeds"], lines)
 
 
 def _by_lead(shares: Mapping[tuple[str, str, int], Shares], size: int) -> list[str]:
@@ -238,14 +267,19 @@ def _by_lead(shares: Mapping[tuple[str, str, int], Shares], size: int) -> list[s
     return sorted(merged, key=lambda m: np.mean(_leads(shares, m, size) or 100))
 
 
-def _means(rows: list[Row], method: str, tuned: str, size: int) -> Shares:
-    """The mean share over tasks, of each set and seed."""
-    found: dict[tuple[str, str], list[float]] = {}
+def _shares(rows: list[Row]) -> dict[tuple[str, str, int], Shares]:
+    """By method, whether it is tuned, and size: the mean share over tasks of each set and seed."""
+    found: dict[tuple[str, str, int], dict[tuple[str, str], list[float]]] = {}
     for row in rows:
-        if (row["method"], row["tuned"]) == (method, tuned):
-            if row["experts"].count("+") + 1 == size:
-                found.setdefault((row["experts"], row["seed"]), []).append(float(row["share"]))
-    return {key: float(np.mean(own)) for key, own in found.items()}
+        key = row["method"], row["tuned"], row["experts"].count("+") + 1
+        own = found.setdefault(key, {}).setdefault((row["experts"], row["seed"]), [])
+        own.append(float(row["share"]))
+    means = {
+        key: {which: float(np.mean(own)) for which, own in sets.items()}
+        for key, sets in found.items()
+    }
+    every = product(unique(rows, "method"), ("False", "True"), {size for _, _, size in found})
+    return {key: means.get(key, {}) for key in every}
 
 
 def _seeds(shares: Mapping[tuple[str, str, int], Shares], method: str, size: int) -> int:

@@ -39,10 +39,11 @@ def cells(text, start):
 def test_leads_are_paired_seed_by_seed(tmp_path):
     text = report.merging(merge_rows(MERGED), tmp_path)
     # Means over tasks: moma 0.8, 0.9; rival 0.7, 0.5; once (seed 1) 0.7; untuned (seed 0) 0.5.
-    assert cells(text, "moma") == ["85.0 ± 5.0", "", "", "2"]
-    assert cells(text, "rival") == ["60.0 ± 10.0", "", "25.0 ± 15.0", "2"]
-    assert cells(text, "once") == ["70.0", "", "20.0", "1"]
-    assert cells(text, "untuned") == ["", "50.0", "30.0", "1"]
+    # On SST-2 alone: moma 0.9, 0.9; rival 0.8, 0.5; once 0.7; untuned 0.5.
+    assert cells(text, "moma") == ["85.0 ± 5.0", "", "", "", "2"]
+    assert cells(text, "rival") == ["60.0 ± 10.0", "", "25.0 ± 15.0", "25.0 ± 15.0", "2"]
+    assert cells(text, "once") == ["70.0", "", "20.0", "20.0", "1"]
+    assert cells(text, "untuned") == ["", "50.0", "30.0", "40.0", "1"]
     rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
     assert rows[2:6] == ["moma", "once", "rival", "untuned"]  # by lead, whatever the seeds
 
@@ -56,14 +57,14 @@ def test_every_size_has_its_table_and_spread_is_over_sets(tmp_path):
     text = report.merging(fours + rows, tmp_path)
     fours, pairs = text.split("2 experts: mean share")
     assert "4 experts, 2 sets: mean share" in fours
-    assert cells(fours, "rival") == ["60.0 ± 10.0", "", "25.0 ± 15.0", "1"]
+    assert cells(fours, "rival") == ["60.0 ± 10.0", "", "25.0 ± 15.0", "25.0 ± 15.0", "1"]
     assert "| once |" not in fours
-    assert cells(pairs, "rival") == ["60.0 ± 10.0", "", "25.0 ± 15.0", "2"]
+    assert cells(pairs, "rival") == ["60.0 ± 10.0", "", "25.0 ± 15.0", "25.0 ± 15.0", "2"]
 
 
 def test_without_the_reference_there_is_a_table_all_the_same(tmp_path):
     rows = merge_rows({key: own for key, own in MERGED.items() if key[0] == "rival"})
-    assert cells(report.merging(rows, tmp_path), "rival") == ["60.0 ± 10.0", "", "", "2"]
+    assert cells(report.merging(rows, tmp_path), "rival") == ["60.0 ± 10.0", "", "", "", "2"]
 
 
 @pytest.fixture
@@ -112,3 +113,11 @@ def test_gaps_are_of_the_same_seeds_and_their_error_is_over_tasks(selected, tmp_
             first == f"{number([own.mean()])} ({sign}{100 * gaps.mean():.1f} ± {100 * error:.1f})"
         )
         assert count == str(len(seeds))
+    # And task by task, over seeds, with the mean of those that gain less than the most.
+    gaps = shares("curvature R, C", "01") - shares("magnitude", "01")
+    by_task = text.split("minus magnitude, by task")[1]
+    signed = lambda values: ("" if np.mean(values) < 0 else "+") + number(values)
+    for title, own in zip(("SST-2", "CoLA"), gaps, strict=True):
+        assert cells(by_task, title)[0] == signed(own)
+    rest = next(x for x in by_task.splitlines() if x.startswith("| mean without"))
+    assert rest.split("|")[2].strip() in (signed([own.mean()]) for own in gaps)
