@@ -22,6 +22,37 @@ def matches(globs: Iterable[str], names: Iterable[str]) -> list[str]:
     return [name for name in names if any(p.fullmatch(name) for p in patterns)]
 
 
+def assigned(globs: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    """Returns for each name the first glob that matches it.
+
+    Raises:
+      ValueError: if a name is left over, or a glob has none, with all that is wrong.
+    """
+    found: dict[str, str] = {}
+    problems = []
+    for glob in globs:
+        own = matches([glob], names)
+        if not own:
+            problems.append(
+                f"{glob!r} matches none of {len(names)} leaves; the closest path is "
+                f"{closest(glob, names)}"
+            )
+        elif all(name in found for name in own):
+            problems.append(
+                f"every leaf that {glob!r} matches falls under an earlier glob; put the narrower "
+                "one first"
+            )
+        for name in own:
+            found.setdefault(name, glob)
+    left = [name for name in names if name not in found]
+    if left:
+        more = f", and {len(left) - 5} more" if len(left) > 5 else ""
+        problems.append(f"no glob matches {', '.join(left[:5])}{more}; end with '**' for the rest")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return found
+
+
 def renamed(renames: Mapping[str, str], names: Sequence[str]) -> list[str]:
     """Returns names with each that a glob matches in the form that the glob is mapped to.
 
