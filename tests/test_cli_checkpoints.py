@@ -81,6 +81,27 @@ def test_steps(tmp_path):
     assert ", step 5\n" in run("inspect", tmp_path / "run", "--step", "5").stdout
     assert "a number or latest" in run("inspect", tmp_path / "run", "--step", "last").stderr
 
+    assert checkpoints.load(tmp_path / "run", step=5)["w"].tolist() == [5, 5, 5]
+    assert checkpoints.load(tmp_path / "run", step="latest")["w"].tolist() == [10, 10, 10]
+    # A run of steps with a base that has none.
+    ocp.save(tmp_path / "base", {"w": np.full(3, 4, np.float32)})
+    done = run("compare", tmp_path / "base", tmp_path / "run")
+    assert done.exit_code == 2 and "name one with step:" in done.stderr
+    for step, drift in (("5", 0.25), ("latest", 1.5)):
+        done = run("compare", tmp_path / "base", tmp_path / "run", "--step", step, "--json")
+        assert json.loads(done.stdout)[0]["drift"] == [drift]
+
+
+def test_items(tmp_path):
+    for name, start in (("base", 1), ("a", 2)):
+        trees = {item: {"w": np.full(3, start * n, np.float32)} for n, item in ((1, "x"), (3, "y"))}
+        ocp.save_checkpointables(tmp_path / name, trees)
+    done = run("compare", tmp_path / "base", tmp_path / "a")
+    assert done.exit_code == 2 and "name one with item:" in done.stderr
+    done = run("compare", tmp_path / "base", tmp_path / "a", "--item", "y", "--json")
+    assert json.loads(done.stdout)[0]["drift"] == [1.0]
+    assert checkpoints.load(tmp_path / "a", item="y")["w"].tolist() == [6, 6, 6]
+
 
 def test_plan(folder):
     done = run("plan", folder / "recipe.yaml", "--json")

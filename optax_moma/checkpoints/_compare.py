@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from ..diagnostics import curvature_overlap, drift, sign_conflict
 from ..merging import MergeError
-from ._source import CurvatureOf, Model, open_checkpoint, open_curvature, open_model
+from . import _orbax
+from ._source import CurvatureOf, Model, Step, open_checkpoint, open_curvature, open_model
 
 
 class LeafComparison(NamedTuple):
@@ -36,7 +37,11 @@ class LeafComparison(NamedTuple):
 
 
 def compare(
-    base: Path | str, *experts: Path | str, params: str | None = None
+    base: Path | str,
+    *experts: Path | str,
+    item: str | None = None,
+    step: Step = None,
+    params: str | None = None,
 ) -> list[LeafComparison]:
     """Compares models with the first, leaf by leaf; the leaves with most trouble come first.
 
@@ -44,6 +49,8 @@ def compare(
       base: A checkpoint; what the others were fine-tuned from, if there is such a one.
       *experts: More checkpoints. Their curvature is found in their optimizer's state, if they have
         one.
+      item: The name of the tree in all of them, if they are Orbax checkpoints that have several.
+      step: Which step of those that are folders of steps; "latest" for the last of each.
       params: The path of the params in all of them; by default they are searched for.
 
     Returns:
@@ -64,9 +71,11 @@ def compare(
     """
     if not experts:
         raise ValueError("compare takes a base and at least one more checkpoint")
-    models = [
-        open_model(str(path), open_checkpoint(Path(path)), params) for path in (base, *experts)
-    ]
+    models = []
+    for path in map(Path, (base, *experts)):
+        # Runs are often compared with a base that is no run.
+        of_steps = step if _orbax.steps(path) else None
+        models.append(open_model(str(path), open_checkpoint(path, item, of_steps), params))
     problems = [problem for model in models[1:] for problem in _mismatches(models[0], model)]
     if problems:
         raise MergeError("Cannot compare,", problems)

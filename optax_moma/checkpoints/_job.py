@@ -1,18 +1,24 @@
 """A recipe with all that it names opened, and everything that is wrong with it, before any work."""
 
+import contextlib
+import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from .. import _globs
 from ..merging import MergeError, Step
 from ..merging._inputs import checked_inputs, checked_weights, is_float
-from . import _globs, _source
-from ._recipe import Recipe, build_method, key_of, output_dtype, valued
+from ..merging._leaf import promoted
+from . import _source
+from ._recipe import Recipe, Rule, build_method, key_of, one_sided, output_dtype, valued
 from ._source import Abstract, CurvatureOf, Model
 
 CHUNK_BYTES = 128 << 20
@@ -123,8 +129,19 @@ class Job:
             return leaf
         like = leaf.dtype
         if "base" not in models:
-            like = jnp.result_type(*(model.leaves[name].dtype for model in models.values()))
+            dtypes = [model.leaves[name].dtype for model in models.values()]
+            with jax.enable_x64(True):
+                like = promoted(dtypes)
         return Abstract(leaf.shape, output_dtype(self.recipe) or like)
+
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        """Returns what makes JAX compute in 64 bits, if a leaf has as many or is written with."""
+        read = [(self.read_from(part).values(), part.names) for part in self.parts]
+        dtypes = {
+            model.leaves[n].dtype for models, names in read for model in models for n in names
+        }
+        wide = np.dtype(np.float64) in {*dtypes, output_dtype(self.recipe)}
+        return jax.enable_x64(True) if wide else contextlib.nullcontext()
 
     def saved_sharding(self, part: Part, name: str) -> NamedSharding | None:
         """Returns how a leaf was sharded when it was saved, if it was and the devices are here."""
@@ -152,6 +169,8 @@ def open_job(recipe: Recipe) -> Job:
         job.problems.append("nothing to merge: the model has no leaves")
     job.parts = _parts(job, names)
     _compare_structures(job)
+    _check_sides(job)
+    _check_factors(job)
     _open_curvature(job)
     problems = [p for part in job.parts for p in _part_problems(job, part)]
     job.problems += [p for p in dict.fromkeys(problems) if p not in job.problems]
@@ -227,8 +246,7 @@ def _parts(job: Job, names: list[str]) -> list[Part]:
         if keep is not None:
             parts.append(Part(i, None, keep, plain, found))
             continue
-        spec = rule.method if rule.method is not None else rule.otherwise
-        spec = recipe.method if spec is None else spec
+        spec = recipe.method_under(rule)
         at = lambda x: Layer(  # noqa: E731
             build_method(spec, valued(rule.values, x)),  # noqa: B023
             plain | valued(rule.weights, x),  # noqa: B023
@@ -249,6 +267,7 @@ def _by_layer(job: Job, i: int, names: list[str], at: Callable[[float], Layer]) 
         method, weights = at(0.0)
         yield Part(i, method, None, weights, names)
         return
+    _refuse_passes("a list of values", at)
     layers = _globs.layers(names)
     if layers is None:
         nameless = next(name for name in names if _globs.layers([name]) is None)
@@ -268,16 +287,21 @@ def _stacked(job: Job, i: int, names: list[str], at: Callable[[float], Layer]) -
     flat = [name for name, shape in shapes.items() if not shape or not shape[0]]
     if flat:
         raise ValueError(f"stacked: {_listed(flat)} has no layers along its first axis")
-    if at(0.0).method.contract.passes:
-        raise ValueError(
-            "stacked: a method that looks at all leaves first has no layers of its own"
-        )
+    _refuse_passes("stacked", at)
     for depth in sorted({shape[0] for shape in shapes.values()}):
         layers = tuple(at(position / max(depth - 1, 1)) for position in range(depth))
         alike = [name for name in names if shapes[name][0] == depth]
         # A method may need a curvature for some of its numbers only.
         method = max((x.method for x in layers), key=lambda method: method.contract.curvature)
         yield Part(i, method, None, layers[0].weights, alike, layers)
+
+
+def _refuse_passes(what: str, at: Callable[[float], Layer]) -> None:
+    if at(0.0).method.contract.passes:
+        raise ValueError(
+            f"{what}: a method that looks at all leaves first has no layers of its own; trim by "
+            "leaf, or leave the rule out"
+        )
 
 
 def _compare_structures(job: Job) -> None:
@@ -308,6 +332,64 @@ def _compare_structures(job: Job) -> None:
                 f"{model.label} has leaves that {reference.label} lacks: {_listed(extra)}; leave "
                 "them out with ignore:"
             )
+
+
+def _check_sides(job: Job) -> None:
+    """Notes methods that would take what PyTorch has as outputs for inputs."""
+    torch = [m.label for m in job.models.values() if m.checkpoint.notes.get("format") == "pt"]
+    for part in job.parts if torch else ():
+        leaves = [job.reference.leaves[name] for name in part.names]
+        matrices = [x for x in leaves if isinstance(x, Abstract) and len(x.shape) >= 2]
+        if part.method is None or not any(map(is_float, matrices)):
+            continue
+        rule = Rule.all() if part.rule is None else job.recipe.rules[part.rule]
+        where = "method" if part.rule is None else f"rule {part.rule}"
+        for method, instead in one_sided(job.recipe.method_under(rule), rule.values).items():
+            _note(
+                job,
+                f"{where}: {method} takes matrices as (fan-in, fan-out), but {torch[0]} is a file "
+                "of PyTorch (format: pt), whose linear layers are (fan-out, fan-in); say "
+                f"{method} {instead}",
+            )
+
+
+# One matrix in two leaves: what adapters add to it, or what numbers of eight bits stand for.
+_ADAPTER = re.compile(r"lora_(embedding_)?(a|b|down|up)(?![a-z])", re.IGNORECASE)
+_SCALES = ("_scale", "_scale_inv")
+
+
+def _check_factors(job: Job) -> None:
+    """Notes leaves that mean something only multiplied with each other, and are merged apart."""
+    merged = [name for part in job.parts if part.method is not None for name in part.names]
+    adapters: dict[str, list[str]] = {}
+    for name in merged:
+        if _ADAPTER.search(name):
+            adapters.setdefault(_ADAPTER.sub("", name), []).append(name)
+    pairs = [" and ".join(names) for names in adapters.values() if len(names) > 1]
+    if pairs:
+        _note(
+            job,
+            f"the factors of adapters, {_listed(pairs, 3)}: merged one by one, their product is "
+            "not the merge of what the adapters add; merge each adapter into its base first "
+            "(merge_and_unload in peft), leave them out with ignore:, or take one model's with "
+            "a rule keep:",
+        )
+    known = set(merged)
+    scaled = [
+        f"{name} and {name}{scale}" for name in merged for scale in _SCALES if name + scale in known
+    ]
+    if scaled:
+        _note(
+            job,
+            f"quantised weights, {_listed(scaled, 3)}: merged apart from their scales they are no "
+            "weights; write the models with the weights multiplied out first, or leave them out "
+            "with ignore:, or take one model's with a rule keep:",
+        )
+
+
+def _note(job: Job, problem: str) -> None:
+    if problem not in job.problems:
+        job.problems.append(problem)
 
 
 def _open_curvature(job: Job) -> None:
@@ -362,14 +444,14 @@ def _part_problems(job: Job, part: Part) -> list[str]:
             needing = [n for n in part.names if job.needs_curvature(part, n)]
             curvature[expert] = dict.fromkeys(part.names)
             uncovered = [n for n in needing if n not in v.needs and v.missing is None]
-            if uncovered and not contract.gram:
+            if uncovered:
                 problems.append(
                     f"expert {expert!r} has no curvature for {_listed(uncovered)}; if these leaves "
                     "were frozen, give them one with curvature: {missing: 0.0}"
                 )
             for name in needing:
                 leaf = job.experts[expert].leaves[name]
-                if name in uncovered and not contract.gram:
+                if name in uncovered:
                     curvature[expert][name] = Abstract(leaf.shape, jnp.float32)
                     continue
                 try:
@@ -389,8 +471,12 @@ def _part_problems(job: Job, part: Part) -> list[str]:
     return problems
 
 
+# Of a larger matrix the beginning is enough: so many entries.
+_SAMPLE = 2_000_000
+
+
 def _check_base(job: Job) -> None:
-    """Reads a matrix or two, and sees whether the experts descend from the base.
+    """Reads a matrix, or its start, and sees whether the experts descend from the base.
 
     Weights of one origin have a cosine near one, of two origins near zero. If some models agree and
     others do not, a base was mistaken; if none agree they may be noise, which is only told.
@@ -398,22 +484,26 @@ def _check_base(job: Job) -> None:
     if job.base is None or not job.recipe.check_base:
         return
     merged = [n for p in job.parts if p.method and p.method.contract.base for n in p.names]
-    shapes = job.base.leaves
-    matrices = [n for n in merged if len(shapes[n].shape) >= 2 and is_float(shapes[n])]
-    fitting = [
-        n for n in matrices if 256 <= np.prod(shapes[n].shape) and leaf_bytes(shapes[n]) < 8e6
-    ]
-    sample = sorted(fitting, key=lambda n: leaf_bytes(shapes[n]))[-1:]
-    if not sample:
+    leaves = job.base.leaves
+    sizes = {
+        n: math.prod(leaves[n].shape)
+        for n in merged
+        if len(leaves[n].shape) >= 2 and is_float(leaves[n])
+    }
+    matrices = [n for n, size in sizes.items() if size >= 256]
+    if not matrices:
         return
+    # Orbax compresses an array as a whole: also a start of it takes reading all of it.
+    small = [n for n in matrices if sizes[n] <= _SAMPLE]
+    sample = max(small, key=sizes.__getitem__) if small else min(matrices, key=sizes.__getitem__)
     vectors = {}
     for name, model in job.models.items():
         try:
-            arrays = model.checkpoint.read([model.stored[n] for n in sample])
+            start = model.checkpoint.read_start(model.stored[sample], _SAMPLE)
         except ValueError as error:
             job.problems.append(f"{model.label}: {error}")
             return
-        vectors[name] = np.concatenate([np.asarray(x, np.float32).ravel() for x in arrays.values()])
+        vectors[name] = np.asarray(start, np.float32).ravel()
     base = vectors.pop("base")
     scale = float(np.linalg.norm(base)) or 1.0
     for name, x in vectors.items():
@@ -425,7 +515,7 @@ def _check_base(job: Job) -> None:
     kin = len(strangers) > 1 and all(_cosine(first, vectors[n]) > 0.9 for n in strangers[1:])
     what = (
         f"{', '.join(f'expert {n!r}' for n in strangers)}: not fine-tuned from this base, the "
-        f"cosine of {sample[0]} is {_cosine(first, base):.2f}"
+        f"cosine of {sample} is {_cosine(first, base):.2f}"
     )
     if kin or len(strangers) < len(vectors):
         job.problems.append(what + "; name the right base:, or check_base: false if you are sure")

@@ -10,10 +10,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .. import merging
 from ..merging._inputs import MergeError, is_float
-from ..merging._leaf import LeafInputs, stable_id
-from ..merging._merge import merge_leaf, merge_sharded
+from ..merging._leaf import LeafInputs, compute_dtype, stable_id
+from ..merging._merge import check_merged, merge_leaf, merge_sharded
 from ._job import Job, Layer, Part
 from ._recipe import key_of, output_dtype
+
+Array = jax.Array | np.ndarray
 
 Models = Mapping[str, np.ndarray]
 """A leaf in every model that was read, by the model's label."""
@@ -23,7 +25,7 @@ Curvature = Mapping[str, Any]
 
 def merged_leaf(
     job: Job, part: Part, method: Any, name: str, models: Models, curvature: Curvature
-) -> jax.Array:
+) -> Array:
     """Merges one leaf of a part, in the dtype and the sharding that it is written with.
 
     Raises:
@@ -34,7 +36,13 @@ def merged_leaf(
     else:
         leaf = _merged(job, part, method, name, models, curvature)
     dtype = job.merged_leaf(part, name).dtype
-    return jax.device_put(leaf.astype(dtype), job.saved_sharding(part, name))
+    if leaf.dtype != dtype and not is_float(leaf):
+        # Integers are copied, also those of 64 bits, which JAX cuts down to 32.
+        return next(iter(models.values()))
+    merged = jax.device_put(leaf.astype(dtype), job.saved_sharding(part, name))
+    if is_float(merged) and not job.recipe.allow_nonfinite and not _clean([merged]):
+        check_merged({(name,): merged})
+    return merged
 
 
 def leaf_inputs(
@@ -51,8 +59,8 @@ def leaf_inputs(
     base: Any = models.get("base")
     if output_dtype(job.recipe) is not None:
         # The merge is rounded to the base's dtype, or to that of all experts together.
-        own = jnp.promote_types(job.merged_leaf(part, name).dtype, jnp.float32)
-        wide = lambda x: jnp.asarray(x).astype(jnp.promote_types(own, x.dtype))  # noqa: E731
+        own: Any = job.merged_leaf(part, name)
+        wide = lambda x: jnp.asarray(x).astype(compute_dtype([own, x]))  # noqa: E731
         if base is None:
             experts[0] = wide(experts[0])
         else:
@@ -84,10 +92,11 @@ def _merged(
 ) -> jax.Array:
     assert part.method is not None
     inputs = leaf_inputs(job, part, name, models, curvature)
-    estimates = jax.tree.leaves(inputs.curvature)
-    if not part.method.contract.gram:
-        # A negative second moment is as wrong as an infinite one.
-        estimates = [x if np.min(x, initial=0) >= 0 else np.float32(np.nan) for x in estimates]
+    # A negative second moment is as wrong as an infinite one.
+    estimates = [
+        x if np.min(x, initial=0) >= 0 else np.float32(np.nan)
+        for x in jax.tree.leaves(inputs.curvature)
+    ]
     checked = [] if job.recipe.allow_nonfinite else models.values()
     if is_float(job.merged_leaf(part, name)) and _clean([*checked, *estimates]):
         if not part.layers:
@@ -122,8 +131,6 @@ def _curvature(
     if part.method is None or not part.method.contract.curvature:
         return None
     found = {expert: curvature.get(expert) for expert in job.experts}
-    if part.method.contract.gram:
-        return found
     problems = []
     for expert, v in found.items():
         zero = v is not None and not all(np.any(x) for x in jax.tree.leaves(v))

@@ -20,11 +20,11 @@ from ..merging._inputs import MergeError, is_float
 from ..merging._leaf import LeafInputs
 from ..merging._merge import prepared
 from ._job import CHUNK_BYTES, Job, Part, leaf_bytes, open_job, passes, problems_of, raise_problems
-from ._leaf import leaf_inputs, merged_leaf
+from ._leaf import Array, leaf_inputs, merged_leaf
 from ._manifest import digest
-from ._output import Sink, commit, only_writer, resumed, sink_for
+from ._output import Sink, commit, only_writer, resumed, settle, sink_for, staging_of, unwritable
 from ._recipe import Recipe
-from ._source import Checkpoint, open_checkpoint, open_model
+from ._source import Checkpoint, Step, open_checkpoint, open_model
 
 Progress = Callable[[int, int], None]
 
@@ -82,6 +82,11 @@ def merge(
     merge that was killed goes on where it was when it is called again, with what lies in
     ``output + ".merging"``.
 
+    Methods of matrices take them as (fan-in, fan-out), as Flax has them, unless the recipe says
+    ``axes``. It must say them for files that say ``format: pt``: PyTorch's linear layers are
+    (fan-out, fan-in), ``axes: nm``, its embeddings ``axes: mn``. Methods that treat both sides
+    alike, as ``tsv_m`` does, or single entries, need nothing.
+
     One process reads through the memory of its host. A leaf that the base (without one, the first
     expert) was saved with as sharded over devices that exist here is merged and written sharded so,
     with the same bits; and any leaf can be restored with any sharding.
@@ -89,8 +94,10 @@ def merge(
     Args:
       recipe: A ``Recipe``, the same as a dict, or the path of its YAML file.
       output: Where the merged params are written: an Orbax checkpoint, or a safetensors file if the
-        name ends with ``.safetensors``. Beside the arrays there is a manifest: the recipe, the
-        versions, and the digest of every leaf, of the output and of the inputs.
+        name ends with ``.safetensors``. Such a file says of itself (``format: pt``) what all inputs
+        do, and ``format: flax`` if those are Orbax checkpoints. Beside the arrays there is a
+        manifest: the recipe, the versions, and the digest of every leaf, of the output and of the
+        inputs.
       force: Whether to replace what is there.
       chunk_bytes: How many bytes a group of leaves reads. A few groups are in memory at a time; a
         leaf is never split.
@@ -118,24 +125,32 @@ def merge(
     """
     start = time.monotonic()
     recipe, output = Recipe.of(recipe), Path(output).absolute()
+    if staging_of(output).exists():
+        with only_writer(output):
+            settle(output)
     _refuse_to_replace(output, force)
     job = open_job(recipe)
     for label, source in job.paths.items():
         if output == source or output in source.parents or source in output.parents:
             job.problems.append(f"the output {output} would be in the place of {label}")
+    if not job.problems:
+        job.problems += unwritable(job, output)
     raise_problems(job)
 
-    with only_writer(output):
+    with only_writer(output), job.precision():
         _refuse_to_replace(output, force)
         return _streamed(job, output, chunk_bytes, progress, start)
 
 
-def load(path: Path | str, *, item: str | None = None, params: str | None = None) -> Any:
+def load(
+    path: Path | str, *, item: str | None = None, step: Step = None, params: str | None = None
+) -> Any:
     """Loads the params of a checkpoint as a merge sees them, into memory.
 
     Args:
-      path: An Orbax checkpoint, a safetensors file, or a folder of those.
+      path: An Orbax checkpoint or a folder of steps; a safetensors file, or a folder of them.
       item: The name of the tree, in an Orbax checkpoint that has several.
+      step: Which step of a folder of steps; "latest" for the last.
       params: The path of the params in the tree; by default they are searched for.
 
     Returns:
@@ -152,7 +167,7 @@ def load(path: Path | str, *, item: str | None = None, params: str | None = None
       >>> load(f"{folder}/state")
       {'w': Array([1., 1.], dtype=float32)}
     """
-    checkpoint = open_checkpoint(Path(path), item)
+    checkpoint = open_checkpoint(Path(path), item, step)
     model = open_model(str(path), checkpoint, params)
     arrays = checkpoint.read(list(model.stored.values()))
     return jax.tree.map(lambda name: jnp.asarray(arrays[model.stored[name]]), model.tree)
@@ -166,7 +181,7 @@ def _refuse_to_replace(output: Path, force: bool) -> None:
 def _streamed(
     job: Job, output: Path, chunk_bytes: int, progress: Progress | None, start: float
 ) -> Merged:
-    staging = output.with_name(output.name + ".merging")
+    staging = staging_of(output)
     done = resumed(staging, job, output)
     total = sum(
         job.stored_bytes(part, name) * (1 + passes(part)) + leaf_bytes(job.merged_leaf(part, name))
@@ -174,17 +189,17 @@ def _streamed(
         for name in part.names
     )
     meter = _Meter(total, progress)
-    tasks = {
-        name: _Task(name, part, job.stored_bytes(part, name))
-        for part in job.parts
-        for name in part.names
-    }
-    units = [unit for unit in _units(job.reference.tree, set(tasks))]
-    left = [unit for unit in units if not all(name in done["leaves"] for name in unit)]
-    for unit in units:
-        for name in unit if unit not in left else ():
-            task = tasks[name]
-            meter.add(task.bytes + leaf_bytes(job.merged_leaf(task.part, name)))
+    parts = {name: part for part in job.parts for name in part.names}
+    # In the order in which the leaves are stored, whatever the rules.
+    tasks = [
+        _Task(name, parts[name], job.stored_bytes(parts[name], name))
+        for name in job.reference.leaves
+        if name in parts
+    ]
+    left = [task for task in tasks if task.name not in done["leaves"]]
+    earlier = [task for task in tasks if task.name in done["leaves"]]
+    for task in earlier:
+        meter.add(task.bytes + leaf_bytes(job.merged_leaf(task.part, task.name)))
     faults: list[str] = []
     with (
         contextlib.closing(sink_for(output)(staging, output.name, job)) as sink,
@@ -195,7 +210,7 @@ def _streamed(
             methods = {
                 id(part): _prepared(job, part, chunk_bytes, reader, meter) for part in job.parts
             }
-            groups = _groups([[tasks[name] for name in unit] for unit in left], chunk_bytes)
+            groups = _groups(left, chunk_bytes)
             written: Future[dict[str, str]] | None = None
             reading = _ahead(reader, lambda group: _read(job, group, meter), groups)
             for group, arrays in reading:
@@ -215,9 +230,8 @@ def _streamed(
     if faults:
         shutil.rmtree(staging)
         raise MergeError("Cannot merge,", list(dict.fromkeys(faults)))
-    earlier = [name for unit in units if unit not in left for name in unit]
-    commit(job, sink, staging, output, done, earlier)
-    written_bytes = sum(leaf_bytes(job.merged_leaf(t.part, t.name)) for t in tasks.values())
+    commit(job, sink, staging, output, done, [task.name for task in earlier])
+    written_bytes = sum(leaf_bytes(job.merged_leaf(t.part, t.name)) for t in tasks)
     return Merged(
         output,
         len(tasks),
@@ -229,9 +243,7 @@ def _streamed(
     )
 
 
-def _write(
-    sink: Sink, merged: dict[str, jax.Array], arrays: _Read, meter: "_Meter"
-) -> dict[str, str]:
+def _write(sink: Sink, merged: dict[str, Array], arrays: _Read, meter: "_Meter") -> dict[str, str]:
     digests = sink.write(merged, arrays.digests)
     meter.add(sum(x.nbytes for x in merged.values()))
     return digests
@@ -249,28 +261,13 @@ class _Meter:
             self._progress(self.done, self.total)
 
 
-_JOURNAL = "journal.jsonl"
-
-
-def _units(tree: Any, names: set[str]) -> Iterator[list[str]]:
-    """Gives the leaves that must be written together: Orbax cannot add to a list, so all of it."""
-    if isinstance(tree, dict):
-        for child in tree.values():
-            yield from _units(child, names)
-    else:
-        unit = [name for name in jax.tree.leaves(tree) if name in names]
-        if unit:
-            yield unit
-
-
-def _groups(units: list[list[_Task]], chunk_bytes: int) -> Iterator[list[_Task]]:
+def _groups(tasks: list[_Task], chunk_bytes: int) -> Iterator[list[_Task]]:
     group: list[_Task] = []
-    for unit in units:
-        size = sum(task.bytes for task in group)
-        if group and size + sum(task.bytes for task in unit) > chunk_bytes:
+    for task in tasks:
+        if group and sum(t.bytes for t in group) + task.bytes > chunk_bytes:
             yield group
             group = []
-        group = [*group, *unit]
+        group = [*group, task]
     if group:
         yield group
 
@@ -332,7 +329,7 @@ def _leaves_of(
 
 def _merged(
     job: Job, group: list[_Task], arrays: _Read, methods: dict[int, Any], faults: list[str]
-) -> dict[str, jax.Array]:
+) -> dict[str, Array]:
     """Merges the leaves of a group one by one; notes what is wrong with them."""
     faults += arrays.faults.get("", [])
     if faults:
@@ -358,7 +355,7 @@ def _prepared(
     if part.method is None or not passes(part):
         return part.method
     averaged = [n for n in part.names if is_float(job.reference.leaves[n])]
-    tasks = [[_Task(n, part, job.stored_bytes(part, n))] for n in averaged]
+    tasks = [_Task(n, part, job.stored_bytes(part, n)) for n in averaged]
 
     def leaves() -> Iterator[LeafInputs]:
         groups = _groups(tasks, chunk_bytes)

@@ -7,9 +7,10 @@ checkpoint only when it is finalized.
 
 import functools
 import json
+import os
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +54,19 @@ def metadata(path: Path, item: str | None) -> Any:
         return jax.tree.map(_abstract, tree)
 
 
-def read(path: Path, item: str | None, tree: Any, names: Collection[str]) -> dict[str, np.ndarray]:
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder has the marks of a checkpoint, of this or an earlier version of Orbax."""
+    marks = ("_CHECKPOINT_METADATA", "_METADATA", "orbax.checkpoint")
+    return any((path / mark).exists() for mark in marks)
+
+
+def read(
+    path: Path,
+    item: str | None,
+    tree: Any,
+    names: Collection[str],
+    starts: Mapping[str, tuple[int, ...]],
+) -> dict[str, np.ndarray]:
     """Reads arrays by name into the host's memory.
 
     Args:
@@ -61,6 +74,7 @@ def read(path: Path, item: str | None, tree: Any, names: Collection[str]) -> dic
       item: Its item, or None.
       tree: What ``metadata`` returned.
       names: The wanted leaves.
+      starts: The shape of the entries that are wanted at the start of some of them.
 
     Raises:
       ValueError: if an array cannot be read.
@@ -68,7 +82,7 @@ def read(path: Path, item: str | None, tree: Any, names: Collection[str]) -> dic
     wanted = set(names)
     store = _store_of(path, item)
     if store is not None and wanted <= store.keys.keys():
-        return store.read(names)
+        return store.read(names, starts)
 
     def place(keys: Any, x: Any) -> Any:
         return np.empty(x.shape, x.dtype) if path_name(keys) in wanted else ...
@@ -77,7 +91,12 @@ def read(path: Path, item: str | None, tree: Any, names: Collection[str]) -> dic
     named = {} if item is None else {"checkpointable_name": item}
     loaded = ocp.load(str(path), template, **named)
     flat, _ = jax.tree_util.tree_flatten_with_path(loaded)
-    return {path_name(keys): np.asarray(x) for keys, x in flat if path_name(keys) in wanted}
+    found = {path_name(keys): np.asarray(x) for keys, x in flat if path_name(keys) in wanted}
+    return {name: _start(x, starts.get(name)) for name, x in found.items()}
+
+
+def _start(x: Any, shape: tuple[int, ...] | None) -> Any:
+    return x if shape is None else x[tuple(slice(n) for n in shape)]
 
 
 class _Store(NamedTuple):
@@ -98,11 +117,16 @@ class _Store(NamedTuple):
     one_file: bool
     keys: dict[str, str]
 
-    def read(self, names: Collection[str]) -> dict[str, np.ndarray]:
-        """Reads arrays, all at once, by their paths in the tree."""
+    def read(
+        self, names: Collection[str], starts: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, np.ndarray]:
+        """Reads arrays, or the starts of some, all at once, by their paths in the tree."""
         specs = {name: self._spec(self.keys[name]) for name in names}
         opened = {name: ts.open(spec, open=True, read=True) for name, spec in specs.items()}
-        pending = {name: future.result().read() for name, future in opened.items()}
+        pending = {
+            name: _start(future.result(), starts.get(name)).read()
+            for name, future in opened.items()
+        }
         return {name: future.result() for name, future in pending.items()}
 
     def _spec(self, key: str) -> dict[str, Any]:
@@ -150,8 +174,31 @@ def steps(path: Path) -> dict[int, Path]:
     }
 
 
+class Elements(dict[int, Any]):
+    """Some elements of a list by their places, in a tree that is saved in parts.
+
+    Orbax takes a list itself for whole. It keeps each array under the kinds and names of the keys
+    above it, and makes a list of those whose keys are places.
+    """
+
+
+def _keyed(elements: Elements) -> tuple[list[tuple[Any, Any]], tuple[int, ...]]:
+    return [(jax.tree_util.SequenceKey(i), x) for i, x in elements.items()], tuple(elements)
+
+
+jax.tree_util.register_pytree_with_keys(
+    Elements, _keyed, lambda places, children: Elements(zip(places, children, strict=True))
+)
+
+
 def save_part(path: Path, tree: Any, custom: dict[str, Any]) -> None:
-    """Adds arrays to a checkpoint that is being written, all or none, with notes on them."""
+    """Adds arrays to a checkpoint that is being written, all or none, with notes on them.
+
+    Args:
+      path: Where the checkpoint will lie.
+      tree: A tree in which what is saved by other calls is missing, from lists as ``Elements``.
+      custom: The notes.
+    """
     ocp.partial.save(str(path), tree, custom_metadata=custom)
 
 
@@ -175,8 +222,26 @@ def saved_parts(path: Path) -> list[dict[str, Any]] | None:
 
 
 def finalize(path: Path) -> None:
-    """Puts the saved parts together into one checkpoint."""
-    ocp.partial.finalize(str(path))
+    """Puts the saved parts together into one checkpoint; again, changes nothing."""
+    if not path.exists():
+        ocp.partial.finalize(str(path))
+    # The parts come in any order, and Orbax before 0.12 opens lists only if they are in theirs.
+    file = path / "state/_METADATA"
+    about = json.loads(file.read_text())
+    leaves = sorted(about["tree_metadata"].items(), key=lambda item: _keys(item[1]))
+    about["tree_metadata"] = dict(leaves)
+    partial = file.with_name("_METADATA.partial")
+    partial.write_text(json.dumps(about))
+    os.replace(partial, file)
+
+
+# What Orbax calls the kind of a key that is a place in a list.
+_PLACE = 1
+
+
+def _keys(leaf: dict[str, Any]) -> list[int | str]:
+    keys = leaf["key_metadata"]
+    return [int(key["key"]) if key["key_type"] == _PLACE else key["key"] for key in keys]
 
 
 def is_partial(path: Path) -> bool:

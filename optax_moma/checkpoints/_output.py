@@ -20,10 +20,11 @@ import jax
 from .._tree import path_name
 from . import _orbax, _safetensors
 from ._job import Job
+from ._leaf import Array
 from ._manifest import differing, digest, write_manifest
-from ._source import manifest_path, open_checkpoint
+from ._source import Abstract, manifest_path, open_checkpoint
 
-_JOURNAL = "journal.jsonl"
+_JOURNAL, _MANIFEST, _REPLACED = "journal.jsonl", "manifest.json", "replaced"
 
 
 @contextlib.contextmanager
@@ -59,9 +60,7 @@ class OrbaxSink:
     def saved(staging: Path, name: str) -> list[dict[str, Any]] | None:
         return _orbax.saved_parts(staging / "checkpoint")
 
-    def write(
-        self, arrays: dict[str, jax.Array], inputs: dict[str, dict[str, str]]
-    ) -> dict[str, str]:
+    def write(self, arrays: dict[str, Array], inputs: dict[str, dict[str, str]]) -> dict[str, str]:
         digests = {name: digest(array) for name, array in arrays.items()}
         first = not _orbax.is_partial(self.path)
         tree = _pruned(self._tree, arrays, empty=first)
@@ -69,8 +68,7 @@ class OrbaxSink:
         return digests
 
     def finish(self, digests: Mapping[str, str], resumed: list[str]) -> list[str]:
-        if not self.path.exists():
-            _orbax.finalize(self.path)
+        _orbax.finalize(self.path)
         return differing(open_checkpoint(self.path), {name: digests[name] for name in resumed})
 
     def close(self) -> None:
@@ -82,13 +80,8 @@ class SafetensorsSink:
 
     def __init__(self, staging: Path, name: str, job: Job):
         self.path, self._journal = staging / name, staging / _JOURNAL
-        leaves = {
-            name.replace("/", "."): job.merged_leaf(part, name)
-            for part in job.parts
-            for name in part.names
-        }
-        about = {"format": "flax", "merged_by": "optax_moma"}
-        self._writer = _safetensors.Writer(self.path, leaves, about)
+        leaves = {_dotted(name): leaf for name, leaf in _merged_leaves(job).items()}
+        self._writer = _safetensors.Writer(self.path, leaves, _notes(job))
 
     @staticmethod
     def saved(staging: Path, name: str) -> list[dict[str, Any]]:
@@ -100,13 +93,14 @@ class SafetensorsSink:
             journal.write_text("".join(f"{line}\n" for line in lines))  # without one cut short
         return [json.loads(line) for line in lines]
 
-    def write(
-        self, arrays: dict[str, jax.Array], inputs: dict[str, dict[str, str]]
-    ) -> dict[str, str]:
-        self._writer.write({name.replace("/", "."): x for name, x in arrays.items()})
+    def write(self, arrays: dict[str, Array], inputs: dict[str, dict[str, str]]) -> dict[str, str]:
+        self._writer.write({_dotted(name): x for name, x in arrays.items()})
         digests = {name: digest(array) for name, array in arrays.items()}
+        self._writer.sync()  # The journal never tells of what is not there.
         with self._journal.open("a") as journal:
             journal.write(json.dumps({"leaves": digests, "inputs": inputs}) + "\n")
+            journal.flush()
+            os.fsync(journal.fileno())
         return digests
 
     def finish(self, digests: Mapping[str, str], resumed: list[str]) -> list[str]:
@@ -114,6 +108,42 @@ class SafetensorsSink:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def unwritable(job: Job, output: Path) -> list[str]:
+    """Returns what an output of this name could not hold."""
+    if sink_for(output) is OrbaxSink:
+        return []
+    problems, first = [], {}
+    for name, leaf in _merged_leaves(job).items():
+        other = first.setdefault(_dotted(name), name)
+        if other != name:
+            problems.append(
+                f"{other} and {name} would both be {_dotted(name)} in {output.name}; name an Orbax "
+                "checkpoint as the output, or give one another name with rename:"
+            )
+        if not _safetensors.holds(leaf.dtype):
+            problems.append(
+                f"{name}: safetensors have no {leaf.dtype}; name an Orbax checkpoint as the output"
+            )
+    return problems
+
+
+def _dotted(name: str) -> str:
+    return name.replace("/", ".")
+
+
+def _merged_leaves(job: Job) -> dict[str, Abstract]:
+    return {name: job.merged_leaf(part, name) for part in job.parts for name in part.names}
+
+
+def _notes(job: Job) -> dict[str, str]:
+    """Returns what a safetensors file says of itself: what all models do that are merged."""
+    models = [model.checkpoint for model in job.models.values()]
+    orbax = [checkpoint.tensors is None for checkpoint in models]
+    # Trees of JAX have kernels as Flax does. Where only some are such, nothing can be said.
+    found = {"format": "flax"} if all(orbax) else _safetensors.agreed([x.notes for x in models])
+    return found | {"merged_by": "optax_moma"}
 
 
 Sink = OrbaxSink | SafetensorsSink
@@ -124,11 +154,30 @@ def sink_for(output: Path) -> type[Sink]:
     return SafetensorsSink if output.suffix == ".safetensors" else OrbaxSink
 
 
+def staging_of(output: Path) -> Path:
+    """Returns the folder in which an output is prepared."""
+    return output.with_name(output.name + ".merging")
+
+
+def settle(output: Path) -> None:
+    """Ends a change of the output that a kill cut short: what is there is whole, old or new."""
+    staging = staging_of(output)
+    replaced, manifest = staging / _REPLACED, staging / _MANIFEST
+    if manifest.exists() and not (staging / output.name).exists():
+        os.replace(manifest, manifest_path(output))
+    if not replaced.exists():
+        return
+    if not output.exists():
+        os.replace(replaced, output)
+    elif replaced.is_dir():
+        shutil.rmtree(replaced)
+    else:
+        replaced.unlink()
+
+
 def resumed(staging: Path, job: Job, output: Path) -> dict[str, Any]:
     """Returns what an interrupted run has safely written; clears away what is of no use."""
-    note, replaced = staging / "identity", staging / "replaced"
-    if replaced.exists() and not output.exists():
-        replaced.rename(output)
+    note = staging / "identity"
     identity = _identity(job)
     done: dict[str, Any] = {"leaves": {}, "inputs": {}}
     notes = None
@@ -162,7 +211,7 @@ def commit(
             "merge again."
         )
     is_file = output.suffix == ".safetensors"
-    manifest = manifest_path(sink.path) if not is_file else staging / "manifest.json"
+    manifest = manifest_path(sink.path) if not is_file else staging / _MANIFEST
     relabelled = {
         stored: done["leaves"][name]
         for name, stored in _output_names(job).items()
@@ -174,16 +223,31 @@ def commit(
         "leaves": relabelled,
         "inputs": done["inputs"],
     }
+    write_manifest(sink.path, manifest, content)
+    _sync(staging)
     if is_file:
-        write_manifest(sink.path, manifest, content)
+        manifest_path(output).unlink(missing_ok=True)  # No file ever has another's.
+    if output.exists() and not (is_file and output.is_file()):
+        os.replace(output, staging / _REPLACED)  # Only a file can replace a file in one step.
+    os.replace(sink.path, output)
+    if is_file:
         os.replace(manifest, manifest_path(output))
-        os.replace(sink.path, output)
-    else:
-        write_manifest(sink.path, manifest, content)
-        if output.exists():
-            output.rename(staging / "replaced")
-        sink.path.rename(output)
+    _sync_one(output.parent)
     shutil.rmtree(staging)
+
+
+def _sync(folder: Path) -> None:
+    """Has a folder with all that is in it on the disk, whatever becomes of the machine."""
+    for path in (*folder.rglob("*"), folder):
+        _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _identity(job: Job) -> str:
@@ -222,10 +286,9 @@ def _pruned(tree: Any, arrays: Mapping[str, Any], *, empty: bool) -> Any:
         found = {key: child for key, child in found.items() if child is not _NOTHING}
         return found if found or (empty and not tree) else _NOTHING
     if isinstance(tree, list):
-        children = [_pruned(child, arrays, empty=True) for child in tree]
-        if not any(name in arrays for name in jax.tree.leaves(tree)):
-            return children if empty and not jax.tree.leaves(tree) else _NOTHING
-        return [None if child is _NOTHING else child for child in children]
+        children = {i: _pruned(child, arrays, empty=empty) for i, child in enumerate(tree)}
+        found = {i: child for i, child in children.items() if child is not _NOTHING}
+        return _orbax.Elements(found) if found else [] if empty and not tree else _NOTHING
     if tree is None:
         return None if empty else _NOTHING
     return arrays.get(tree, _NOTHING)

@@ -93,8 +93,8 @@ def plan(
 ) -> Plan:
     """Finds out what a merge would do, and everything that is wrong, from metadata.
 
-    Of the arrays themselves it reads a few megabytes at most: of a base and the experts a matrix or
-    two, to see whether the experts were fine-tuned from that base.
+    Of the arrays themselves it keeps a few megabytes at most: of a base and the experts a matrix,
+    or the start of one, to see whether the experts were fine-tuned from that base.
 
     Args:
       recipe: A ``Recipe``, the same as a dict, or the path of its YAML file.
@@ -129,6 +129,10 @@ def plan(
             if fits:
                 write += leaf_bytes(job.merged_leaf(part, name))
                 read += job.stored_bytes(part, name) * (1 + passes(part))
+    peak = 0
+    if fits:
+        with job.precision():
+            peak = peak_bytes(job, chunk_bytes)
     return Plan(
         problems=job.problems,
         warnings=job.warnings,
@@ -137,7 +141,7 @@ def plan(
         read_bytes=read,
         write_bytes=write,
         passes=1 + max(map(passes, job.parts), default=0),
-        peak_bytes=peak_bytes(job, chunk_bytes) if fits else 0,
+        peak_bytes=peak,
         rules=_planned_rules(job),
         models=_planned_models(job),
         coverage=_coverage(job),
@@ -192,7 +196,7 @@ def _action(recipe: Recipe, rule: Rule) -> str:
     """Says in words what a rule does."""
     if "base" in (rule.keep, rule.otherwise) or rule.keep is not None:
         return f"copied from {rule.keep or rule.otherwise}"
-    spec = next(s for s in (rule.method, rule.otherwise, recipe.method) if s is not None)
+    spec = recipe.method_under(rule)
 
     def shown(x: Any) -> str:
         if isinstance(x, list):

@@ -234,7 +234,9 @@ class Recipe(_Strict):
     Attributes:
       experts: The fine-tuned models by name: a path, or an ``Expert``.
       method: The name of a method of ``optax_moma.merging``; or its name and its numbers; or a list
-        of steps that are chained.
+        of steps that are chained. Methods of matrices take them as (fan-in, fan-out), as Flax has
+        them; of safetensors that say ``format: pt`` a recipe must say which are which, with
+        ``axes: nm`` for PyTorch's linear layers and ``axes: mn`` for its embeddings.
       base: The model they were fine-tuned from, if the method needs it: a path, or a ``Source``.
       rules: What is different for some leaves.
       ignore: Globs of leaves that are neither read nor written, such as heads of their own.
@@ -303,6 +305,10 @@ class Recipe(_Strict):
                     build_method(method, valued(rule.values, position))
             except ValueError as error:
                 yield where + str(error)
+
+    def method_under(self, rule: Rule) -> Any:
+        """Returns the method for what falls under a rule that keeps nothing, as it is written."""
+        return next(x for x in (rule.method, rule.otherwise, self.method) if x is not None)
 
     def where(self, path: str) -> Path:
         """Returns a path of the recipe as one that can be opened."""
@@ -462,9 +468,39 @@ def build_method(spec: Any, values: Mapping[str, Any]) -> merging.Step:
     if not isinstance(inner, list):
         raise ValueError(f"{name}: {steps[0]} must be a list of steps, got {inner!r}")
     try:
-        return METHODS[name](*(build_method(step, {}) for step in inner), **options)
+        method = METHODS[name](*(build_method(step, {}) for step in inner), **options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from error
+    if method.contract.gram:
+        raise ValueError(
+            f"{name} needs the Grams of the layers' inputs, which no checkpoint holds; merge in "
+            "memory, by optax_moma.merge with what merging.input_grams collects"
+        )
+    return method
+
+
+# Merging the transposes of matrices, these give the transpose of the merge.
+_EITHER_WAY = {"iso_c", "tsv_m", "umtam"}
+
+
+def one_sided(spec: Any, values: Mapping[str, Any]) -> dict[str, str]:
+    """Returns which methods take a matrix as (fan-in, fan-out), and what else can be said to them.
+
+    Args:
+      spec: As for ``build_method``.
+      values: As for ``build_method``.
+    """
+    if isinstance(spec, list):
+        return {k: text for step in spec for k, text in one_sided(step, {}).items()}
+    options = {**({"name": spec} if isinstance(spec, str) else spec), **values}
+    name, inner = options["name"], options.get("steps")  # wudi_adam's are a number
+    found = one_sided(inner, {}) if isinstance(inner, list) else {}
+    known = inspect.signature(METHODS[name]).parameters
+    if "axes" in known and "axes" not in options and name not in _EITHER_WAY:
+        found[name] = "axes: nm, and by a rule axes: mn for embeddings and GPT-2's Conv1D"
+    if options.get("scope") == "filter":
+        found[name] = "scope: leaf"
+    return found
 
 
 def _factories(module: types.ModuleType, prefix: str = "") -> dict[str, Any]:

@@ -10,7 +10,8 @@ Source: the format's description, https://huggingface.co/docs/safetensors.
 
 import json
 import math
-from collections.abc import Collection, Mapping
+import os
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -40,6 +41,11 @@ _ALIGNMENT = 64
 _CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 
 
+# A model in one file, and what lists the files of one in several, as the Hub's libraries name them.
+_WHOLE = "model.safetensors"
+_INDEX = _WHOLE + ".index.json"
+
+
 class Tensor(NamedTuple):
     """Where a tensor lies: its file, dtype, shape, and first byte."""
 
@@ -49,43 +55,100 @@ class Tensor(NamedTuple):
     start: int
 
 
-def files(path: Path) -> list[Path]:
-    """Returns the file, or the files of a folder of shards; none if there are no such files."""
+class Opened(NamedTuple):
+    """What the header of a file says, or those of a folder's files together.
+
+    Attributes:
+      tensors: The places of the tensors by name.
+      notes: The texts beside the tensors on which all files agree.
+    """
+
+    tensors: dict[str, Tensor]
+    notes: dict[str, str]
+
+
+def found(path: Path) -> bool:
+    """Whether there is a file, or a folder with such files."""
+    return bool(_files(path))
+
+
+def opened(path: Path, beside: str) -> Opened:
+    """Reads the header of a file, or of all the files in a folder that make a model.
+
+    They are the ones that ``model.safetensors.index.json`` lists; if there is none, all of them.
+
+    Args:
+      path: The file or the folder.
+      beside: The format, in a file's notes, of what may lie in a folder beside a model, and is read
+        only if nothing else is there.
+
+    Raises:
+      ValueError: if a file is truncated or no safetensors file, or it cannot be told which files
+        make the model.
+    """
+    listed = _listed(path / _INDEX) if (path / _INDEX).exists() else {}
+    headers = {file: _opened(file) for file in _files(path, listed)}
+    models = {file: x for file, x in headers.items() if x.notes.get("format") != beside}
+    headers = models or headers
+    names = [file.name for file in headers]
+    if not listed and _WHOLE in names and len(names) > 1:
+        raise ValueError(f"it holds {', '.join(names)}; name the file that is meant")
+    tensors: dict[str, Tensor] = {}
+    for file, x in headers.items():
+        if twice := [name for name in x.tensors if name in tensors]:
+            raise ValueError(f"{file.name} has a second tensor named {twice[0]}")
+        tensors |= x.tensors
+    for name, file in listed.items():
+        if name not in tensors:
+            raise ValueError(f"{file} has no {name}, which {_INDEX} tells of")
+    return Opened(tensors, agreed([x.notes for x in headers.values()]))
+
+
+def agreed(notes: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Returns the texts that are the same in all notes."""
+    first, *others = notes
+    return {k: text for k, text in first.items() if all(x.get(k) == text for x in others)}
+
+
+def _files(path: Path, listed: Mapping[str, str] | None = None) -> list[Path]:
+    if listed:
+        return [path / name for name in sorted(set(listed.values()))]
     if path.is_dir():
         return sorted(path.glob("*.safetensors"))
     return [path] if path.suffix == ".safetensors" and path.exists() else []
 
 
-def tensors(path: Path) -> dict[str, Tensor]:
-    """Returns the places of all tensors by name.
-
-    Raises:
-      ValueError: if a file is truncated or no safetensors file.
-    """
-    found: dict[str, Tensor] = {}
-    for file in files(path):
-        with file.open("rb") as stream:
-            header, start = _header(stream)
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            if name in found:
-                raise ValueError(f"{file.name} has a second tensor named {name}")
-            if entry["dtype"] not in _DTYPES:
-                raise ValueError(f"{file.name}: {name} has the unknown dtype {entry['dtype']}")
-            dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"])
-            first, last = entry["data_offsets"]
-            if last - first != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"{file.name}: the size of {name} is not that of its shape")
-            if start + last > file.stat().st_size:
-                raise ValueError(f"{file.name} is truncated: it ends before {name} does")
-            found[name] = Tensor(file, dtype, shape, start + first)
-    return found
+def _listed(index: Path) -> dict[str, str]:
+    """Returns the file of every tensor that an index lists."""
+    listed = json.loads(index.read_text()).get("weight_map")
+    if not listed:
+        raise ValueError(f"{index.name} lists no files under weight_map")
+    for name in sorted(set(listed.values())):
+        if Path(name).name != name or not index.with_name(name).is_file():
+            raise ValueError(f"{name} is not there, which {index.name} lists")
+    return listed
 
 
-def notes(path: Path) -> dict[str, str]:
-    """Returns the texts that a file's header carries beside its tensors."""
-    with path.open("rb") as stream:
-        return _header(stream)[0].get("__metadata__", {})
+def _opened(file: Path) -> Opened:
+    with file.open("rb") as stream:
+        header, start = _header(stream)
+    notes, tensors = header.pop("__metadata__", None) or {}, {}
+    for name, entry in header.items():
+        if entry["dtype"] not in _DTYPES:
+            raise ValueError(f"{file.name}: {name} has the unknown dtype {entry['dtype']}")
+        dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"])
+        first, last = entry["data_offsets"]
+        if last - first != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{file.name}: the size of {name} is not that of its shape")
+        if start + last > file.stat().st_size:
+            raise ValueError(f"{file.name} is truncated: it ends before {name} does")
+        tensors[name] = Tensor(file, dtype, shape, start + first)
+    return Opened(tensors, notes)
+
+
+def holds(dtype: Any) -> bool:
+    """Whether a file can have tensors of a dtype."""
+    return np.dtype(dtype) in _CODES
 
 
 def read(places: Mapping[str, Tensor], names: Collection[str]) -> dict[str, np.ndarray]:
@@ -154,10 +217,15 @@ class Writer:
         for name, array in arrays.items():
             self._file.seek(self._start + self._places[name])
             self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+    def sync(self) -> None:
+        """Has what was written on the disk, whatever becomes of the machine."""
         self._file.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Ends the file."""
+        self.sync()
         self._file.close()
 
 

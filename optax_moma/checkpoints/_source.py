@@ -3,6 +3,7 @@
 import difflib
 import functools
 import json
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,11 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from .. import _curvature
+from .. import _curvature, _globs
 from .._moments import Factored
 from .._tree import named_leaves
 from ..merging._inputs import is_float
-from . import _globs, _orbax, _safetensors
+from . import _orbax, _safetensors
 
 Abstract = jax.ShapeDtypeStruct
 Step = int | Literal["latest"] | None
@@ -33,6 +34,7 @@ class Checkpoint:
       item: The name of its tree, if Orbax needs one.
       tree: Dicts and lists, with an abstract array at each leaf.
       tensors: The places of its tensors if it is safetensors, else None.
+      notes: What safetensors say of themselves beside their tensors.
       step: Which step it is, if it lies in a folder of steps.
     """
 
@@ -40,6 +42,7 @@ class Checkpoint:
     item: str | None
     tree: Any
     tensors: Mapping[str, _safetensors.Tensor] | None
+    notes: Mapping[str, str]
     step: int | None = None
 
     def read(self, names: Collection[str]) -> dict[str, np.ndarray]:
@@ -48,12 +51,31 @@ class Checkpoint:
         Raises:
           ValueError: if the checkpoint is damaged.
         """
+        return self._read(names, {})
+
+    def read_start(self, name: str, most: int) -> np.ndarray:
+        """Reads the first entries of a leaf that is not empty, rows of them, at most so many.
+
+        Raises:
+          ValueError: if the checkpoint is damaged.
+        """
+        shape, below = [], math.prod(self.leaves[name].shape)
+        for n in self.leaves[name].shape:
+            below //= n
+            shape.append(min(n, max(1, most // below)))
+        return self._read([name], {name: tuple(shape)})[name]
+
+    def _read(
+        self, names: Collection[str], starts: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, np.ndarray]:
+        """Reads leaves; of some only the entries at the start, of the given shape."""
         if not names:
             return {}
         if self.tensors is not None:
-            return _safetensors.read(self.tensors, names)
+            cut = {n: self.tensors[n]._replace(shape=shape) for n, shape in starts.items()}
+            return _safetensors.read({**self.tensors, **cut}, names)
         try:
-            return _orbax.read(self.path, self.item, self.tree, names)
+            return _orbax.read(self.path, self.item, self.tree, names, starts)
         except (ValueError, OSError, RuntimeError) as error:
             raise ValueError(f"{self.path} cannot be read: {_first_line(error)}") from error
 
@@ -104,18 +126,22 @@ def open_checkpoint(path: Path, item: str | None = None, step: Step = None) -> C
             raise ValueError(f"{path} has no step {step}, it has {listed}")
         path = found[number]
     try:
-        if _safetensors.files(path):
-            tensors = _safetensors.tensors(path)
-            places = {_slashed(name): tensor for name, tensor in tensors.items()}
+        # What lies in a folder that Orbax wrote, a file of curvature perhaps, does not change it.
+        if _safetensors.found(path) and not _orbax.is_checkpoint(path):
+            tensors, notes = _safetensors.opened(path, beside=CURVATURE_FORMAT["format"])
+            places: dict[str, _safetensors.Tensor] = {}
+            for name, tensor in tensors.items():
+                if places.setdefault(_slashed(name), tensor) is not tensor:
+                    raise ValueError(f"two tensors have the path {_slashed(name)}, one is {name}")
             tree = _nested({n: Abstract(x.shape, x.dtype) for n, x in places.items()})
-            return Checkpoint(path, None, tree, places, number)
+            return Checkpoint(path, None, tree, places, notes, number)
         tree = _orbax.metadata(path, item)
     except (ValueError, OSError, RuntimeError) as error:
         raise ValueError(f"{path} cannot be read: {_first_line(error)}") from error
     names, _ = named_leaves(tree)
     if len(set(names)) < len(names):
         raise ValueError(f"{path} has two leaves with one path, as a key contains a slash")
-    return Checkpoint(path, item, tree, None, number)
+    return Checkpoint(path, item, tree, None, {}, number)
 
 
 def inspect(
@@ -374,7 +400,7 @@ class CurvatureOf(NamedTuple):
         return model._replace(checkpoint=self.checkpoint).step
 
     def _noted(self, what: str) -> int | None:
-        said = _safetensors.notes(_safetensors.files(self.checkpoint.path)[0]).get(what, "")
+        said = self.checkpoint.notes.get(what, "")
         return int(said) if said.isdecimal() else None
 
     def assembled(self, name: str, leaf: Abstract, arrays: Mapping[str, Any]) -> Any:
@@ -495,8 +521,7 @@ def _needs_of_file(checkpoint: Checkpoint) -> dict[str, Need]:
 
 
 def _is_curvature(checkpoint: Checkpoint) -> bool:
-    file = _safetensors.files(checkpoint.path)[0]
-    return _safetensors.notes(file).get("format") == CURVATURE_FORMAT["format"]
+    return checkpoint.notes.get("format") == CURVATURE_FORMAT["format"]
 
 
 def curvature_entries(curvature: Mapping[str, Any]) -> dict[str, Any]:

@@ -258,6 +258,8 @@ def merge(
 def compare(
     base: Annotated[Path, typer.Argument(help="What the others were fine-tuned from.")],
     experts: Annotated[list[Path], typer.Argument(help="Checkpoints to compare with it.")],
+    item: Item = None,
+    step: Step = None,
     params: Params = None,
     top: Annotated[int, typer.Option(min=1, help="How many leaves to show.")] = 20,
     json: Json = False,
@@ -270,7 +272,7 @@ def compare(
     times conflict.
     """
     with _reported(json) as checkpoints:
-        found = checkpoints.compare(base, *experts, params=params)
+        found = checkpoints.compare(base, *experts, item=item, step=_step(step), params=params)
     if json:
         show_json([leaf._asdict() | {"trouble": leaf.trouble} for leaf in found])
         return

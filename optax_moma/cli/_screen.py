@@ -131,7 +131,7 @@ def curvature_text(found: Any) -> str:
 
 def leaf_lines(leaves: dict[str, Any], every: bool) -> list[tuple[str, list[str]]]:
     """The lines of a list of leaves: what differs in numbers only, and is of a kind, is on one."""
-    from optax_moma.checkpoints._globs import collapsed
+    from optax_moma._globs import collapsed
 
     if every:
         return [(name, [name]) for name in leaves]

@@ -1,6 +1,7 @@
 """Everything that can be wrong is said before any work, all at once, and nothing is written."""
 
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 
 from optax_moma import checkpoints
 from optax_moma.checkpoints import Recipe
+from optax_moma.checkpoints._source import open_checkpoint
+from optax_moma.merging import MergeError
 
 ocp = pytest.importorskip("orbax.checkpoint").v1
 
@@ -163,6 +166,24 @@ def test_nan_in_a_kept_leaf(world, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_merge_that_is_not_finite(tmp_path):
+    """It may overflow where its inputs do not; allow_nonfinite lets it."""
+    for name, value in (("base", 0), ("a", 6e4), ("b", 6e4)):
+        ocp.save(tmp_path / name, {"w": jnp.full(3, value, jnp.float16)})
+    recipe = {
+        "method": {"name": "task_arithmetic", "scale": 1.0},
+        "base": str(tmp_path / "base"),
+        "experts": {name: str(tmp_path / name) for name in "ab"},
+    }
+    with pytest.raises(MergeError, match="w: 3 values of float16 that are not finite"):
+        checkpoints.merge(recipe, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    checkpoints.merge(recipe | {"output": {"dtype": "float32"}}, tmp_path / "wide")
+    assert checkpoints.load(tmp_path / "wide")["w"].tolist() == [2 * float(np.float16(6e4))] * 3
+    checkpoints.merge(recipe | {"allow_nonfinite": True}, tmp_path / "merged")
+    assert np.isinf(checkpoints.load(tmp_path / "merged")["w"]).all()
+
+
 @pytest.mark.parametrize("value", [-1.0, np.nan, np.inf])
 def test_curvature_that_is_none(world, tmp_path, value):
     state = optax.adam(1e-3).init({k: v for k, v in world.base.items() if k != "buckets"})
@@ -217,6 +238,35 @@ def test_wrong_base(world, tmp_path):
     refused(recipe, tmp_path, said, "check_base: false")
     recipe["check_base"] = False
     assert checkpoints.plan(recipe).problems == []
+
+
+@pytest.mark.parametrize("suffix", ["", ".safetensors"])
+def test_wrong_base_of_matrices_too_large_to_read(tmp_path, monkeypatch, suffix):
+    """Their first rows tell; of a stack, those of the first layer."""
+    monkeypatch.setattr(checkpoints._job, "_SAMPLE", 300)
+    rng = np.random.default_rng(0)
+    shapes = {"stack": (3, 20, 25), "w": (40, 50)}
+    draw = lambda: {k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
+    trees = {"base": draw(), "other": draw()}
+    for name in ("a", "b"):
+        trees[name] = {k: (x + 0.1 * rng.normal(size=x.shape)) for k, x in trees["base"].items()}
+    for name, tree in trees.items():
+        tree = {k: np.float32(x) for k, x in tree.items()}
+        save = write if suffix else ocp.save
+        save(tmp_path / f"{name}{suffix}", tree)
+        first = open_checkpoint(tmp_path / f"{name}{suffix}").read_start("stack", 300)
+        assert np.array_equal(first, tree["stack"][:1, :12])
+    recipe = {
+        "base": str(tmp_path / f"base{suffix}"),
+        "experts": {name: str(tmp_path / f"{name}{suffix}") for name in "ab"},
+        "method": "task_arithmetic",
+    }
+    found = checkpoints.plan(recipe)
+    w0, w = (np.float64(np.float32(trees[name]["stack"][0, :12])) for name in ("base", "a"))
+    drift = np.linalg.norm(w - w0) / np.linalg.norm(w0)
+    assert found.problems == [] and found.models[1].drift == pytest.approx(drift, rel=1e-5)
+    recipe["experts"]["b"] = str(tmp_path / f"other{suffix}")
+    refused(recipe, tmp_path, "expert 'b': not fine-tuned from this base, the cosine of stack is")
 
 
 def test_paths(world, tmp_path):
@@ -349,7 +399,7 @@ def test_problems_of_every_kind_at_once(world, tmp_path):
     """A typo in one place does not hide the others: not in the schema, nor in what it names."""
     recipe = world.recipe({"name": "ties", "densty": 1}, seed=-1, colour="red")
     recipe["experts"]["math"] |= {"weigth": 1, "step": "soon"}
-    with pytest.raises(checkpoints.MergeError) as caught:
+    with pytest.raises(MergeError) as caught:
         Recipe.of(recipe)
     assert len(caught.value.problems) == 5
 
@@ -401,7 +451,7 @@ def test_aliases(tmp_path):
 
 def test_numbers_as_people_write_them(tmp_path):
     (tmp_path / "recipe.yaml").write_text(
-        "method: {name: regmean, ridge: 1e-6}\nexperts: {a: {path: a, weight: 5E+1}}"
+        "method: {name: wudi, ridge: 1e-6}\nexperts: {a: {path: a, weight: 5E+1}}"
     )
     recipe = Recipe.load(tmp_path / "recipe.yaml")
     assert recipe.method["ridge"] == 1e-6 and recipe.experts["a"].weight == 50.0
@@ -480,7 +530,7 @@ class TestFiles:
         v = {"w": np.ones((20, 30), np.float32), "b": np.ones(30, np.float32)}
         v["w"][3, 4], v["b"][5] = -1, np.nan
         write(tmp_path / "a-curvature.safetensors", v, notes)
-        with pytest.raises(checkpoints.MergeError) as caught:
+        with pytest.raises(MergeError) as caught:
             checkpoints.merge(recipe, tmp_path / "out")
         for name in ("w", "b"):
             said = f"the curvature of expert 'a', {name}: 1 values that are negative or not finite"
@@ -495,7 +545,7 @@ class TestFiles:
             ("a.safetensors", "expert 'a'"),
             ("a-curvature.safetensors", "the curvature of a"),
         ]:
-            with pytest.raises(checkpoints.MergeError, match=f"in the place of {label}"):
+            with pytest.raises(MergeError, match=f"in the place of {label}"):
                 checkpoints.merge(tmp_path / "recipe.yaml", tmp_path / output, force=True)
         with pytest.raises(OSError):
             checkpoints.merge(recipe, tmp_path / "recipe.yaml/out")
@@ -510,6 +560,41 @@ class TestFiles:
         rule = {"match": "*", "stacked": True, "weights": {"a": [1, -1]}}
         refused(recipe | {"rules": [rule]}, tmp_path, "not negative")
 
+    def test_a_model_beside_its_curvature(self, recipe, tmp_path):
+        """In one folder: the model is what is not curvature; moments never pass for weights."""
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            for kind, to in (("", "model"), ("-curvature", "moments")):
+                file = tmp_path / f"{name}{kind}.safetensors"
+                file.rename(tmp_path / name / f"{to}.safetensors")
+            recipe["experts"][name] = str(tmp_path / name)
+        w = checkpoints.load(tmp_path / "a")["w"]
+        assert np.array_equal(w, checkpoints.load(tmp_path / "a/model.safetensors")["w"])
+        recipe["method"] = "average"
+        checkpoints.merge(recipe, tmp_path / "merged")
+        mean = (w + checkpoints.load(tmp_path / "b")["w"]) / 2
+        np.testing.assert_allclose(checkpoints.load(tmp_path / "merged")["w"], mean, atol=1e-6)
+        recipe["method"] = "moma"
+        for name in ("a", "b"):
+            recipe["experts"][name] = {
+                "path": str(tmp_path / name),
+                "curvature": str(tmp_path / name / "moments.safetensors"),
+            }
+        assert checkpoints.plan(recipe).problems == []
+        recipe["experts"]["a"]["curvature"] = {"path": str(tmp_path / "a")}
+        refused(recipe, tmp_path, "is no file that export-curvature wrote")
+
+    def test_a_folder_of_several_models(self, recipe, tmp_path):
+        (tmp_path / "x").mkdir()
+        for name, to in (("a", "model"), ("b", "consolidated")):
+            shutil.copy(tmp_path / f"{name}.safetensors", tmp_path / "x" / f"{to}.safetensors")
+        recipe = recipe | {"method": "average", "experts": {"x": str(tmp_path / "x")}}
+        refused(
+            recipe,
+            tmp_path,
+            "it holds consolidated.safetensors, model.safetensors; name the file that is meant",
+        )
+
     def test_stacks(self, recipe, tmp_path):
         write(
             tmp_path / "s.safetensors",
@@ -521,6 +606,127 @@ class TestFiles:
         steps = [{"name": "trim", "density": 0.3, "scope": "global"}, "mean"]
         rule = {"match": "w", "stacked": True, "method": steps}
         refused(recipe | {"rules": [rule]}, tmp_path, "looks at all leaves first")
+
+
+class TestShards:
+    """A folder's index says which of its files make the model."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        tree = {f"l.{i}.w": np.full((2, 3), i, np.float32) for i in range(4)}
+        names = list(tree)
+        shards = {f"model-{i + 1}-of-2.safetensors": names[2 * i : 2 * i + 2] for i in range(2)}
+        for file, own in shards.items():
+            write(tmp_path / file, {name: tree[name] for name in own})
+        write(tmp_path / "consolidated.safetensors", {"layers.0": np.ones(3, np.float32)})
+        self.index(tmp_path, {name: file for file, own in shards.items() for name in own})
+        return tmp_path
+
+    def index(self, folder, places):
+        text = json.dumps({"metadata": {"total_size": 96}, "weight_map": places})
+        (folder / "model.safetensors.index.json").write_text(text)
+
+    def test_only_what_it_lists_is_read(self, folder):
+        found = checkpoints.load(folder)
+        assert list(found) == ["l"]
+        assert [found["l"][str(i)]["w"][0, 0] for i in range(4)] == [0, 1, 2, 3]
+        (folder / "model.safetensors.index.json").unlink()
+        assert set(checkpoints.load(folder)) == {"layers", "l"}
+
+    @pytest.mark.parametrize(
+        ("places", "said"),
+        [
+            ({"l.0.w": "model-3-of-3.safetensors"}, "model-3-of-3.safetensors is not there, which"),
+            ({"l.0.w": "../model.safetensors"}, "is not there, which"),
+            ({"x": "model-1-of-2.safetensors"}, "model-1-of-2.safetensors has no x, which"),
+            ({}, "lists no files"),
+        ],
+    )
+    def test_what_it_lists_is_not_there(self, folder, places, said):
+        self.index(folder, places)
+        with pytest.raises(ValueError, match=said):
+            checkpoints.load(folder)
+
+    def test_names_that_are_one_path(self, tmp_path):
+        write(tmp_path / "a.safetensors", {"a.b": np.ones(2), "a/b": np.zeros(2)})
+        with pytest.raises(ValueError, match=r"two tensors have the path a/b, one is a[./]b"):
+            checkpoints.load(tmp_path / "a.safetensors")
+
+
+def test_curvature_inside_an_orbax_checkpoint(world, tmp_path):
+    """A file that export-curvature wrote there does not make it another checkpoint."""
+    params = {k: v for k, v in world.experts["math"].items() if k != "buckets"}
+    state = optax.adam(1e-3).init(params)
+    ocp.save(tmp_path / "math", {"params": params, "opt_state": state})
+    before = checkpoints.inspect(tmp_path / "math")
+    file = tmp_path / "math/curvature.safetensors"
+    checkpoints.export_curvature(tmp_path / "math", file)
+    assert checkpoints.inspect(tmp_path / "math") == before
+    recipe = world.recipe("fisher", ignore=["buckets"])
+    recipe["experts"] = {"math": {"path": str(tmp_path / "math"), "curvature": str(file)}}
+    assert checkpoints.plan(recipe | {"check_base": False}).coverage == {"math": (11, 11)}
+
+
+class TestFactors:
+    """What means something only as a product is not merged factor by factor."""
+
+    def recipe(self, tmp_path, **leaves):
+        for name in ("base", "a", "b"):
+            tree = {"w": np.ones((4, 4)), **{k.replace("__", "."): x for k, x in leaves.items()}}
+            write(tmp_path / f"{name}.safetensors", tree)
+        files = {name: str(tmp_path / f"{name}.safetensors") for name in ("base", "a", "b")}
+        return {"base": files.pop("base"), "experts": files, "method": "average"}
+
+    @pytest.mark.parametrize(
+        ("one", "other"),
+        [
+            ("q__lora_A__weight", "q__lora_B__weight"),
+            ("q__lora_A__default__weight", "q__lora_B__default__weight"),
+            ("q__kernel_lora_a", "q__kernel_lora_b"),
+            ("lora_unet_down_0__lora_down__weight", "lora_unet_down_0__lora_up__weight"),
+            ("e__lora_embedding_A", "e__lora_embedding_B"),
+        ],
+    )
+    def test_adapters(self, tmp_path, one, other):
+        recipe = self.recipe(tmp_path, **{one: np.ones((4, 1)), other: np.ones((1, 4))})
+        names = [name.replace("__", "/") for name in (one, other)]
+        said = "merge each adapter into its base first (merge_and_unload in peft)"
+        refused(recipe, tmp_path, " and ".join(names), said, "ignore:", "keep:")
+        # One factor frozen, or both left out or taken from one model: nothing is multiplied wrong.
+        for change in (
+            {"ignore": names},
+            {"rules": [{"match": names[0], "keep": "base"}]},
+            {"rules": [{"match": names, "keep": "a"}]},
+        ):
+            assert checkpoints.plan(recipe | change).problems == []
+
+    def test_what_only_looks_like_an_adapter(self, tmp_path):
+        leaves = {"q__lora_alpha": np.ones(2), "q__lora_A": np.ones(2), "k__lora_B": np.ones(2)}
+        assert checkpoints.plan(self.recipe(tmp_path, **leaves)).problems == []
+
+    def test_weights_with_scales(self, tmp_path):
+        leaves = {"q__weight": np.ones((4, 4)), "q__weight_scale_inv": np.ones((1, 1))}
+        recipe = self.recipe(tmp_path, **leaves)
+        refused(recipe, tmp_path, "q/weight and q/weight_scale_inv", "multiplied out first")
+
+
+def test_methods_that_need_grams(world, tmp_path):
+    for method in ("regmean", [{"name": "regmean", "ratio": 0.5}]):
+        refused(world.recipe(method), tmp_path, "regmean needs the Grams", "merging.input_grams")
+    rule = {"match": "embedding", "values": {"ridge": 0.1}, "method": "regmean"}
+    refused(world.recipe("average", rules=[rule]), tmp_path, "rules.0", "regmean needs the Grams")
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [{"values": {"density": [0.1, 0.9]}}, {"weights": {"math": [0, 1]}}],
+)
+def test_a_global_method_has_no_layers(world, tmp_path, rule):
+    rule = {"match": "layers_*/kernel", "method": "fusion_bench.ties", **rule}
+    said = "rule 0: a list of values: a method that looks at all leaves first has no layers"
+    refused(world.recipe("average", rules=[rule]), tmp_path, said)
+    one = {"match": "layers_*/kernel", "method": "fusion_bench.ties", "values": {"density": 0.4}}
+    assert checkpoints.plan(world.recipe("average", rules=[one])).problems == []
 
 
 def write(path, tree, notes=None):

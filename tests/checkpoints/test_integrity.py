@@ -14,37 +14,91 @@ import pytest
 
 import optax_moma as om
 from optax_moma import checkpoints
+from optax_moma.checkpoints import _output
 from optax_moma.checkpoints._source import manifest_path
 
 ocp = pytest.importorskip("orbax.checkpoint").v1
 ROOT = Path(__file__).parents[2]
 
-# Merges in a process of its own that kills itself: after a time, or as soon as it finalizes, or
-# when all but the last rename is done.
+# Merges in a process of its own that kills itself, whatever happens: at a named point, or a time
+# after the merge began; at the latest when the merge is done.
 KILLED = """
 import os, signal, sys, threading
+from pathlib import Path
 from optax_moma import checkpoints
-from optax_moma.checkpoints import _orbax, _output
+from optax_moma.checkpoints import _orbax, _output, _safetensors
 
-recipe, output, moment = sys.argv[1:]
+recipe, output, moment = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
-finalize = _orbax.finalize
-def dying_finalize(path):
+
+def dies(where, name, before=0, after=0):
+    "At the call of a function that has one of these numbers, before it or when it has returned."
+    function, calls = getattr(where, name), []
+    def dying(*arguments, **options):
+        calls.append(name)
+        if len(calls) == before:
+            die()
+        result = function(*arguments, **options)
+        if len(calls) == after:
+            die()
+        return result
+    setattr(where, name, dying)
+
+def place(source, target):
+    if Path(target) == output and moment == "before it has its place":
+        die()
+    replace(source, target)
+    if Path(target) == output and moment == "after it has its place":
+        die()
+
+def finalize(path):
     threading.Timer(0.004, die).start()
-    finalize(path)
+    finalize_all(path)
     die()
-if moment == "finalize":
-    _orbax.finalize = dying_finalize
-elif moment == "manifest":
-    _output.write_manifest = die
-elif moment != "never":
-    timer = threading.Timer(float(moment), die)
-    timer.daemon = True  # A merge that was faster ends in peace.
-    timer.start()
-done = checkpoints.merge(recipe, output, chunk_bytes=1)
-print(done.seconds)
+
+if moment == "after the first part":
+    dies(_orbax, "save_part", after=1)
+elif moment == "before part 20":
+    dies(_orbax, "save_part", before=20)
+elif moment == "after tensor 5":
+    dies(_safetensors.Writer, "sync", after=5)
+elif moment == "after line 20":
+    dies(_output.SafetensorsSink, "write", after=20)
+elif moment == "before the parts are put together":
+    dies(_orbax, "finalize", before=1)
+elif moment == "while the parts are put together":
+    finalize_all, _orbax.finalize = _orbax.finalize, finalize
+elif moment == "before the manifest":
+    dies(_output, "write_manifest", before=1)
+elif moment.endswith("it has its place"):
+    replace, os.replace = os.replace, place
+else:
+    threading.Timer(float(moment), die).start()
+done = checkpoints.merge(recipe, output, chunk_bytes=1, force=True)
+print(done.seconds, flush=True)
+die()
 """
+# How many leaves of 40 are found after each, when all happen to one merge, one after the other.
+MOMENTS = {
+    "out": {
+        "after the first part": [1],
+        "before part 20": [1 + 19],
+        "before the parts are put together": [40],
+        "while the parts are put together": [None, 40],
+        "before the manifest": [40],
+        "before it has its place": [40],
+        "after it has its place": [0],
+    },
+    "out.safetensors": {
+        "after tensor 5": [4],
+        "after line 20": [4 + 20],
+        "before the manifest": [40],
+        "before it has its place": [40],
+        "after it has its place": [0],
+    },
+}
 
 
 def python(code, *arguments):
@@ -81,52 +135,93 @@ def assert_like_unbroken(output, unbroken):
         assert manifests[0][key] == manifests[1][key]
 
 
-@pytest.mark.parametrize("name", ["out", "out.safetensors"])
+def killed(recipe, output, moment):
+    """Returns what it printed: nothing, if it was not done."""
+    done = python(KILLED, recipe, output, moment)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    return done.stdout
+
+
+def left_by(output):
+    """How many leaves another run finds; None if what it finds is of no use."""
+    notes = _output.sink_for(output).saved(_output.staging_of(output), output.name)
+    return None if notes is None else sum(len(note["leaves"]) for note in notes)
+
+
+@pytest.mark.parametrize("name", MOMENTS)
 def test_killed_again_and_again(many_leaves, name):
+    """One merge, in the place of another: at the output is the old one or the new one, whole."""
     recipe, output = many_leaves / "recipe.yaml", many_leaves / name
-    rng = np.random.default_rng()
-    moments = [*np.sort(rng.uniform(0.05, 1.0, 2)), "finalize", "manifest"]
-    if output.suffix:
-        moments.remove("finalize")
-    for moment in moments:
-        killed = python(KILLED, recipe, output, moment)
-        if output.exists():  # It was faster than the timer.
-            assert killed.returncode == 0, killed.stderr
-            break
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
-    done = checkpoints.merge(recipe, output, force=output.exists(), chunk_bytes=1)
-    if moments[-1] == "manifest" and killed.returncode:
-        assert done.resumed == 40  # All was written and whole, but not yet in its place.
+    other = {"experts": {"a": str(many_leaves / "a")}, "method": "average"}
+    checkpoints.merge(other, output)
+    old, placed = checkpoints.load(output), False
+    for moment, left in MOMENTS[name].items():
+        assert killed(recipe, output, moment) == ""
+        placed = placed or moment == "after it has its place"
+        with pytest.raises(FileExistsError, match="replace it with force"):
+            checkpoints.merge(recipe, output)
+        assert left_by(output) in left, moment
+        if placed:
+            assert checkpoints.verify(output).problems == []
+        found = checkpoints.load(output)
+        expected = checkpoints.load(many_leaves / "unbroken") if placed else old
+        assert all(np.array_equal(found[k], expected[k]) for k in old)
+    checkpoints.merge(recipe, output, force=True, chunk_bytes=1)
     assert_like_unbroken(output, many_leaves / "unbroken")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["twenty", "twenty.safetensors"])
-def test_killed_at_twenty_random_moments(many_leaves, name):
+def test_killed_at_twenty_moments(many_leaves, name):
     """Each time from the start: nothing is at the output, and the second run completes it."""
     recipe, output = many_leaves / "recipe.yaml", many_leaves / name
-    seconds = float(python(KILLED, recipe, output, "never").stdout)
-    rng, interrupted = np.random.default_rng(), 0
-    for moment in rng.uniform(0, seconds, 20):
+    seconds = float(killed(recipe, output, "3600"))
+    interrupted = 0
+    for moment in np.random.default_rng(0).uniform(0, seconds, 20):
         shutil.rmtree(output, ignore_errors=True)
         if output.is_file():
             output.unlink()
-        killed = python(KILLED, recipe, output, moment)
-        assert killed.returncode in (0, -signal.SIGKILL), killed.stderr
-        if not output.exists():
-            assert killed.returncode
+        if not killed(recipe, output, moment):
             interrupted += 1
-            checkpoints.merge(recipe, output, chunk_bytes=1)
+            if not output.exists():
+                checkpoints.merge(recipe, output, chunk_bytes=1)
         shutil.rmtree(f"{output}.merging", ignore_errors=True)  # Killed while it cleared up.
         assert_like_unbroken(output, many_leaves / "unbroken")
     assert interrupted >= 5, "the merges were faster than the timers"
 
 
+@pytest.mark.parametrize("name", ["synced", "synced.safetensors"])
+def test_all_is_on_disk_before_it_has_its_place(many_leaves, monkeypatch, name):
+    """And what the journal tells of, before the journal."""
+    output, synced, waiting = many_leaves / name, [], []
+    fsync, replace = os.fsync, os.replace
+
+    def synced_now(descriptor):
+        fsync(descriptor)
+        synced.append(os.fstat(descriptor).st_ino)
+
+    def placed(source, target):
+        if Path(target) == output:
+            paths = [Path(source), *Path(source).rglob("*"), Path(source).parent]
+            waiting.extend(p.name for p in paths if p.stat().st_ino not in synced)
+            if output.suffix:
+                file, journal = (
+                    os.stat(p).st_ino for p in (source, Path(source).with_name("journal.jsonl"))
+                )
+                steps = [x for x in synced if x in (file, journal)]
+                assert steps[:80] == [file, journal] * 40
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced_now)
+    monkeypatch.setattr(os, "replace", placed)
+    checkpoints.merge(many_leaves / "recipe.yaml", output, chunk_bytes=1)
+    assert waiting == [] and output.parent.stat().st_ino in synced
+
+
 def test_what_is_resumed_is_checked(many_leaves):
     """Damage to what an interrupted run wrote does not reach the output; nor another recipe's."""
     recipe, output = many_leaves / "recipe.yaml", many_leaves / "checked"
-    killed = python(KILLED, recipe, output, "manifest")
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert killed(recipe, output, "before the manifest") == ""
     staged = output.with_name("checked.merging")
     shutil.copytree(staged, many_leaves / "other.merging")
     custom = json.loads((staged / "checkpoint/_CHECKPOINT_METADATA").read_text())
@@ -323,7 +418,8 @@ print(json.dumps([peak, predicted]))
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_layers(tmp_path):
+@pytest.mark.parametrize("container", [dict, list])
+def test_memory_does_not_grow_with_the_layers(tmp_path, container):
     """Layers of 4 MB; the second model has three times as many.
 
     Among the slow tests: a peak depends on the allocator and on what else the machine does, by some
@@ -336,8 +432,9 @@ def test_memory_does_not_grow_with_the_layers(tmp_path):
         folder = tmp_path / f"{layers}"
         rng = np.random.default_rng(0)
         for name in ("base", "a", "b"):
-            tree = {f"w{i}": rng.random((1024, 1024), np.float32) for i in range(layers)}
-            ocp.save(folder / name, tree)
+            drawn = [rng.random((1024, 1024), np.float32) for _ in range(layers)]
+            named = {f"w{i}": x for i, x in enumerate(drawn)}
+            ocp.save(folder / name, {"layers": drawn if container is list else named})
         recipe = {"base": "base", "experts": {"a": "a", "b": "b"}, "method": "ties"}
         (folder / "recipe.yaml").write_text(json.dumps(recipe))
         done = python(PEAK, folder)

@@ -1,5 +1,6 @@
 """The streamed merge has the bits of the merge in memory, whatever the chunks and the layout."""
 
+import inspect
 import json
 
 import jax
@@ -10,11 +11,15 @@ import pytest
 
 import optax_moma as om
 from optax_moma import checkpoints, merging
+from optax_moma.checkpoints import _orbax, _safetensors
+from optax_moma.checkpoints._recipe import METHODS, build_method, one_sided
+from optax_moma.checkpoints._source import open_checkpoint
+from optax_moma.merging._leaf import compute_dtype
 
 ocp_v0 = pytest.importorskip("orbax.checkpoint")
 ocp = ocp_v0.v1
 
-METHODS = {
+IN_MEMORY = {
     "average": ("average", merging.average()),
     "ties": ({"name": "ties", "density": 0.3}, merging.ties(0.3)),
     "dare": ({"name": "dare", "density": 0.5}, merging.dare(0.5)),
@@ -42,10 +47,10 @@ def in_memory(world, method, **more):
 
 @pytest.mark.parametrize(
     ("name", "chunk_bytes"),
-    [*((name, 8000) for name in METHODS), ("global ties", 1), ("dare", 1 << 20)],
+    [*((name, 8000) for name in IN_MEMORY), ("global ties", 1), ("dare", 1 << 20)],
 )
 def test_equals_the_merge_in_memory(world, tmp_path, equal_bits, name, chunk_bytes):
-    spec, method = METHODS[name]
+    spec, method = IN_MEMORY[name]
     done = checkpoints.merge(world.recipe(spec), tmp_path / "out", chunk_bytes=chunk_bytes)
     equal_bits(checkpoints.load(tmp_path / "out"), in_memory(world, method))
     assert done.leaves == 12 and done.resumed == 0
@@ -313,3 +318,304 @@ def test_curvature_of_a_part_that_was_trained_with_more(tmp_path):
     np.testing.assert_array_equal(
         checkpoints.load(tmp_path / "merged")["kernel"], expected["kernel"]
     )
+
+
+class TestLists:
+    """Layers in lists, as many write them in JAX, are streamed one leaf at a time too."""
+
+    def save(self, folder, layers=12):
+        """Twelve, as texts sort 10 before 2; lists in lists, and what has no arrays among them."""
+        rng = np.random.default_rng(0)
+        draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+        trees = {}
+        for name in ("base", "a", "b"):
+            blocks = [{"w": draw(8, 8), "heads": [draw(8), draw(8)]} for _ in range(layers)]
+            plain = [draw(4) for _ in range(11)]
+            trees[name] = {"blocks": blocks, "plain": plain, "odd": [[], {}, [draw(2)]]}
+            ocp.save(folder / name, trees[name])
+        recipe = {
+            "base": str(folder / "base"),
+            "experts": {name: str(folder / name) for name in "ab"},
+            "method": {"name": "task_arithmetic", "scale": 0.5},
+        }
+        base, *experts = trees.values()
+        method = merging.task_arithmetic(0.5)
+        return recipe, om.merge(method, dict(zip("ab", experts, strict=True)), base=base)
+
+    def test_leaf_by_leaf(self, tmp_path, equal_bits, monkeypatch):
+        recipe, expected = self.save(tmp_path)
+        parts, save_part = [], _orbax.save_part
+        monkeypatch.setattr(
+            _orbax,
+            "save_part",
+            lambda path, tree, custom: (
+                parts.append(len(jax.tree.leaves(tree))),
+                save_part(path, tree, custom),
+            ),
+        )
+        done = checkpoints.merge(recipe, tmp_path / "out", chunk_bytes=1)
+        assert done.leaves == len(parts) == 12 * 3 + 11 + 1 and set(parts) == {1}
+        equal_bits(checkpoints.load(tmp_path / "out"), expected)
+        assert checkpoints.verify(tmp_path / "out").problems == []
+        # To Orbax too they are lists.
+        equal_bits(ocp.load(tmp_path / "out", expected), expected)
+        structure = jax.tree.structure(ocp.metadata(tmp_path / "out").metadata)
+        assert structure == jax.tree.structure(expected)
+        # Orbax before 0.12 opens a list only if its elements come in their order.
+        about = json.loads((tmp_path / "out/state/_METADATA").read_text())
+        keys = [leaf["key_metadata"] for leaf in about["tree_metadata"].values()]
+        places = [int(key[1]["key"]) for key in keys if key[0]["key"] == "plain"]
+        assert places == list(range(11))
+
+    def test_to_safetensors(self, tmp_path):
+        recipe, expected = self.save(tmp_path)
+        checkpoints.merge(recipe, tmp_path / "out.safetensors", chunk_bytes=1)
+        found = checkpoints.load(tmp_path / "out.safetensors")
+        for i, block in enumerate(expected["blocks"]):
+            assert np.array_equal(found["blocks"][str(i)]["w"], block["w"])
+
+    def test_of_lists_alone(self, tmp_path, equal_bits):
+        for name in "ab":
+            ocp.save(tmp_path / name, [[jnp.ones(3)], {"w": jnp.zeros(2)}])
+        recipe = {"experts": {n: str(tmp_path / n) for n in "ab"}, "method": "average"}
+        checkpoints.merge(recipe, tmp_path / "out", chunk_bytes=1)
+        equal_bits(checkpoints.load(tmp_path / "out"), [[jnp.ones(3)], {"w": jnp.zeros(2)}])
+
+
+def save_tensors(path, tree, **notes):
+    from safetensors.numpy import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: np.asarray(x, np.float32) for name, x in tree.items()}, path, notes or None)
+
+
+class TestNotes:
+    """What a merged file says of itself is what its inputs say."""
+
+    def notes(self, recipe, tmp_path):
+        safe_open = pytest.importorskip("safetensors").safe_open
+        checkpoints.merge(recipe, tmp_path / "out.safetensors", force=True)
+        with safe_open(tmp_path / "out.safetensors", framework="np") as file:
+            return file.metadata()
+
+    @pytest.mark.parametrize(
+        ("a", "b", "said"),
+        [
+            ({"format": "pt"}, {"format": "pt"}, {"format": "pt"}),
+            ({"format": "pt", "x": "1"}, {"format": "pt", "x": "2"}, {"format": "pt"}),
+            ({"format": "pt"}, {"format": "flax"}, {}),
+            ({"format": "pt"}, {}, {}),
+            ({}, {}, {}),
+        ],
+    )
+    def test_of_files(self, tmp_path, a, b, said):
+        save_tensors(tmp_path / "a.safetensors", {"w": np.ones((2, 3))}, **a)
+        save_tensors(tmp_path / "b.safetensors", {"w": np.ones((2, 3))}, **b)
+        recipe = {"experts": {n: str(tmp_path / f"{n}.safetensors") for n in "ab"}}
+        recipe["method"] = "average"
+        assert self.notes(recipe, tmp_path) == said | {"merged_by": "optax_moma"}
+
+    def test_of_shards_and_of_orbax(self, tmp_path):
+        for i, name in enumerate(("w", "v")):
+            save_tensors(tmp_path / f"a/{i}.safetensors", {name: np.ones(3)}, format="pt")
+        ocp.save(tmp_path / "b", {"w": np.ones(3, np.float32), "v": np.ones(3, np.float32)})
+        for experts, said in (("a", {"format": "pt"}), ("b", {"format": "flax"}), ("ab", {})):
+            recipe = {"experts": {n: str(tmp_path / n) for n in experts}, "method": "average"}
+            assert self.notes(recipe, tmp_path) == said | {"merged_by": "optax_moma"}
+
+
+class TestSides:
+    """PyTorch's linear layers are (fan-out, fan-in): a recipe says so, or is refused."""
+
+    @pytest.fixture
+    def recipe(self, tmp_path):
+        rng = np.random.default_rng(0)
+        for name in ("base", "a", "b"):
+            tree = {"w": rng.normal(size=(6, 4)), "emb": rng.normal(size=(5, 4))}
+            save_tensors(tmp_path / f"{name}.safetensors", tree, format="pt")
+        return {
+            "base": str(tmp_path / "base.safetensors"),
+            "experts": {name: str(tmp_path / f"{name}.safetensors") for name in "ab"},
+            "check_base": False,
+        }
+
+    @pytest.mark.parametrize(
+        "method",
+        [
+            {"name": "moma", "power": 0},
+            "wudi",
+            [{"name": "knots", "steps": ["mean"]}],
+            [{"name": "trim", "density": 0.5}, "doge"],
+        ],
+        ids=repr,
+    )
+    def test_not_said(self, recipe, tmp_path, method):
+        (problem,) = checkpoints.plan(recipe | {"method": method}).problems
+        assert "the base is a file of PyTorch (format: pt)" in problem
+        assert "axes: nm, and by a rule axes: mn for embeddings" in problem
+        with pytest.raises(checkpoints.MergeError, match="fan-out, fan-in"):
+            checkpoints.merge(recipe | {"method": method}, tmp_path / "out.safetensors")
+
+    def test_under_rules(self, recipe):
+        recipe["method"] = {"name": "wudi", "axes": "nm"}
+        assert checkpoints.plan(recipe).problems == []
+        recipe["rules"] = [{"match": "emb", "method": "wudi"}]
+        (problem,) = checkpoints.plan(recipe).problems
+        assert problem.startswith("rule 0: wudi takes matrices as (fan-in, fan-out)")
+        recipe["rules"][0]["values"] = {"axes": "mn"}
+        assert checkpoints.plan(recipe).problems == []
+        recipe["rules"] = [{"match": "emb", "method": "wudi", "values": {"ridge": 0.5}}]
+        assert len(checkpoints.plan(recipe).problems) == 1
+        recipe["method"] = "average"
+        recipe["rules"] = [{"match": "emb", "keep": "a"}]
+        assert checkpoints.plan(recipe).problems == []
+
+    def test_by_filter(self, recipe):
+        method = {"name": "model_stock", "scope": "filter"}
+        (problem,) = checkpoints.plan(recipe | {"method": method}).problems
+        assert problem.endswith("say model_stock scope: leaf")
+        assert checkpoints.plan(recipe | {"method": "model_stock"}).problems == []
+
+    def test_said(self, recipe, tmp_path):
+        """It merges as the transposes do in Flax; and the embedding as it is."""
+        recipe["method"] = {"name": "wudi", "ridge": 0.3, "axes": "nm"}
+        recipe["rules"] = [{"match": "emb", "values": {"axes": "mn"}}]
+        checkpoints.merge(recipe, tmp_path / "out.safetensors")
+        found = checkpoints.load(tmp_path / "out.safetensors")
+        base, *experts = (
+            checkpoints.load(tmp_path / f"{name}.safetensors") for name in ("base", "a", "b")
+        )
+        turned = lambda tree: {"w": tree["w"].T, "emb": tree["emb"]}
+        method = merging.wudi(0.3)
+        expected = om.merge(method, list(map(turned, experts)), base=turned(base))
+        np.testing.assert_allclose(found["w"], expected["w"].T, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found["emb"], expected["emb"], rtol=1e-4, atol=1e-5)
+        other = om.merge(method, experts, base=base)["w"]
+        assert np.abs(found["w"] - other).max() > 0.01
+
+    def test_which_methods_have_sides(self):
+        """Only those that need not be told give the transpose of the merge for transposes."""
+        rng = np.random.default_rng(0)
+        base, *experts = ({"w": np.float32(rng.normal(size=(6, 4)))} for _ in range(4))
+        curvature = [{"w": np.float32(rng.random((6, 4)))} for _ in experts]
+        turned = lambda tree: jax.tree.map(jnp.transpose, tree)
+        needed = {"knots": {"steps": [{"name": "trim", "density": 0.3}, "elect", "mean"]}}
+        needed |= {
+            "drop_by_magnitude": {"density": 0.5},
+            "iso_cts": {"common": 0.4},
+            "wudi_adam": {"steps": 3, "learning_rate": 0.1},
+            "doge": {"steps": 5, "learning_rate": 0.1, "norm": 2.0},
+        }
+        for name, method in METHODS.items():
+            if "axes" not in inspect.signature(method).parameters:
+                continue
+            spec = {"name": name, **needed.get(name, {})}
+            step = build_method(spec, {})
+            if not step.contract.combines:
+                step = build_method([spec, "mean"], {})
+            more = {"key": jax.random.key(0) if step.contract.key else None}
+            v = curvature if step.contract.curvature else None
+            one = om.merge(step, experts, base=base, curvature=v, **more)["w"]
+            v = None if v is None else turned(v)
+            other = om.merge(step, turned(experts), base=turned(base), curvature=v, **more)["w"].T
+            same = np.allclose(one, other, rtol=1e-3, atol=1e-3)
+            assert same == (name not in one_sided(spec, {})), name
+
+
+def test_files_that_cannot_hold_the_leaves(tmp_path):
+    tree = {"a.b": {"w": np.ones(2)}, "a": {"b": {"w": np.ones(2)}}, "q": jnp.ones(3, jnp.int4)}
+    ocp.save(tmp_path / "a", tree)
+    recipe = {"experts": {"a": str(tmp_path / "a")}, "method": "average"}
+    with pytest.raises(checkpoints.MergeError) as caught:
+        checkpoints.merge(recipe, tmp_path / "out.safetensors")
+    one, other = sorted(caught.value.problems)
+    assert one.startswith("a.b/w and a/b/w would both be a.b.w in out.safetensors") or (
+        one.startswith("a/b/w and a.b/w would both be a.b.w in out.safetensors")
+    )
+    assert other.startswith("q: safetensors have no int4")
+    assert checkpoints.merge(recipe, tmp_path / "out").leaves == 3
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
+@pytest.mark.parametrize("kind", ["orbax", "safetensors"])
+def test_eight_bit_floats(tmp_path, dtype, kind):
+    """Merged in float32, and rounded once."""
+    try:
+        compute_dtype([jnp.ones(1, dtype)])
+    except ValueError:
+        pytest.skip("merges do not know 8-bit floats yet")
+    rng = np.random.default_rng(0)
+    suffix = ".safetensors" if kind == "safetensors" else ""
+    trees = {n: {"w": jnp.asarray(rng.normal(size=(16, 8)), dtype)} for n in ("base", "a", "b")}
+    for name, tree in trees.items():
+        if not suffix:
+            ocp.save(tmp_path / name, tree)
+            continue
+        writer = _safetensors.Writer(tmp_path / f"{name}.safetensors", tree, {})
+        writer.write(tree)
+        writer.close()
+    recipe = {
+        "base": str(tmp_path / f"base{suffix}"),
+        "experts": {name: str(tmp_path / f"{name}{suffix}") for name in "ab"},
+        "method": {"name": "task_arithmetic", "scale": 0.5},
+        "check_base": False,
+    }
+    w0, a, b = (np.float32(tree["w"]) for tree in trees.values())
+    exact = w0 + np.float32(0.5) * ((a - w0) + (b - w0))
+    assert checkpoints.plan(recipe).problems == []
+    checkpoints.merge(recipe, tmp_path / f"out{suffix}")
+    found = checkpoints.load(tmp_path / f"out{suffix}")["w"]
+    assert found.dtype == dtype
+    assert np.array_equal(np.float32(found), np.float32(exact.astype(dtype)))
+    recipe["output"] = {"dtype": "float32"}
+    checkpoints.merge(recipe, tmp_path / f"wide{suffix}")
+    found = checkpoints.load(tmp_path / f"wide{suffix}")["w"]
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, exact, rtol=1e-6)
+    # Where others have more bits, they decide; without a base too.
+    ocp.save(tmp_path / "half", {"w": trees["b"]["w"].astype(jnp.bfloat16)})
+    mixed = {"experts": {"a": recipe["experts"]["a"], "b": str(tmp_path / "half")}}
+    checkpoints.merge(mixed | {"method": "average"}, tmp_path / "mixed")
+    found = checkpoints.load(tmp_path / "mixed")["w"]
+    assert found.dtype == jnp.bfloat16
+    assert np.array_equal(np.float32(found), np.float32(((a + b) / 2).astype(jnp.bfloat16)))
+    # NaN is found whether a format has infinities or not.
+    trees["a"]["w"] = trees["a"]["w"].at[3, 2].set(jnp.nan)
+    ocp.save(tmp_path / "faulty", trees["a"])
+    recipe["experts"]["a"] = str(tmp_path / "faulty")
+    with pytest.raises(checkpoints.MergeError, match="expert 'a', w: 1 values that are not finite"):
+        checkpoints.merge(recipe, tmp_path / "none")
+
+
+@pytest.mark.parametrize("suffix", ["", ".safetensors"])
+def test_sixty_four_bits(tmp_path, suffix):
+    """JAX has none by default; what was saved with as many is merged and written with as many."""
+    rng = np.random.default_rng(0)
+    trees = {name: {"w": rng.normal(size=(4, 8))} for name in ("base", "a", "b")}
+    for name, tree in trees.items():
+        ocp.save(tmp_path / name, tree | {"ids": 2**40 + np.arange(5), "v": np.float32([1, 2])})
+    recipe = {
+        "base": str(tmp_path / "base"),
+        "experts": {name: str(tmp_path / name) for name in "ab"},
+        "method": "average",
+        "check_base": False,
+    }
+    output, mean = tmp_path / f"out{suffix}", (trees["a"]["w"] + trees["b"]["w"]) / 2
+    for without_base in (False, True):
+        if without_base:
+            del recipe["base"]
+        checkpoints.merge(recipe, output, force=True)
+        assert checkpoints.verify(output).problems == []
+        found = open_checkpoint(output).read(["w", "ids", "v"])
+        assert (found["w"].dtype, found["v"].dtype) == (np.float64, np.float32)
+        np.testing.assert_allclose(found["w"], mean, rtol=1e-14)
+        assert found["ids"].tolist() == [2**40 + i for i in range(5)]
+    rules = [{"match": "*", "keep": "b"}]
+    checkpoints.merge(recipe | {"rules": rules}, output, force=True)
+    found = open_checkpoint(output).read(["w", "ids"])
+    assert np.array_equal(found["w"], trees["b"]["w"]) and found["ids"][0] == 2**40
+    recipe["output"] = {"dtype": "float64"}
+    recipe["ignore"] = ["w"]
+    checkpoints.merge(recipe, output, force=True)
+    found = open_checkpoint(output).read(["v"])["v"]
+    assert found.dtype == np.float64 and found.tolist() == [1, 2]

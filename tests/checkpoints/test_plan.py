@@ -10,8 +10,8 @@ import pytest
 
 import optax_moma as om
 from optax_moma import checkpoints
+from optax_moma._globs import matches
 from optax_moma.checkpoints import Expert, Recipe, Rule
-from optax_moma.checkpoints._globs import matches
 from optax_moma.checkpoints._recipe import interpolated
 
 ocp = pytest.importorskip("orbax.checkpoint").v1
@@ -187,16 +187,16 @@ def test_compare(tmp_path):
 def test_memory_of_the_widest_matrix(tmp_path):
     """It is not the largest leaf that a method of whole matrices works hardest on."""
     rng = np.random.default_rng(0)
-    shapes = {"long": (4096, 8), "wide": (8, 1024)}
+    shapes = {"long": (8, 4096), "wide": (1024, 8)}
     for name in ("base", "a", "b"):
         tree = {k: rng.normal(size=shape).astype(np.float32) for k, shape in shapes.items()}
         ocp.save(tmp_path / name, tree)
     recipe = {
         "base": str(tmp_path / "base"),
         "experts": {name: str(tmp_path / name) for name in "ab"},
-        "method": {"name": "moma", "power": 0},
+        "method": "ace",
     }
     whole = checkpoints.plan(recipe).peak_bytes
     without = checkpoints.plan(recipe | {"rules": [{"match": "wide", "keep": "a"}]}).peak_bytes
-    # The experts' metrics and the factor of their sum, 1024 x 1024 each.
+    # The Grams of the experts and of their sum, 1024 x 1024 each.
     assert 2 * 4 * 1024**2 < whole - without < 20 * 4 * 1024**2

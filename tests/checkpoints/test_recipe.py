@@ -8,7 +8,7 @@ import pytest
 
 import optax_moma as om
 from optax_moma import checkpoints, merging
-from optax_moma.checkpoints._globs import collapsed, layers, renamed
+from optax_moma._globs import collapsed, layers, renamed
 
 ocp = pytest.importorskip("orbax.checkpoint").v1
 
