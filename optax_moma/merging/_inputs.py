@@ -1,7 +1,7 @@
 """Looks at the inputs of a merge before any work, and reports all that is wrong at once."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -73,9 +73,15 @@ def path_text(path: Path) -> str:
 
 
 def checked_inputs(
-    contract: Contract, experts: Any, base: Any, curvature: Any, weights: Any, key: Any
+    contract: Contract,
+    experts: Any,
+    base: Any,
+    curvature: Any,
+    weights: Any,
+    key: Any,
+    only: Collection[Path] | None = None,
 ) -> Checked:
-    """Matches the inputs of a merge leaf by leaf.
+    """Matches the inputs of a merge leaf by leaf, of all leaves or of these only.
 
     Raises:
       TypeError: if an argument is of the wrong type.
@@ -89,8 +95,8 @@ def checked_inputs(
     if not trees:
         raise MergeError("Cannot merge,", problems)
 
-    leaves = [_leaves(tree) for tree in trees]
-    base_leaves = None if base is None else _leaves(base)
+    leaves = [_leaves(tree, only) for tree in trees]
+    base_leaves = None if base is None else _leaves(base, only)
     wanted, owner = (leaves[0], labels[0]) if base_leaves is None else (base_leaves, "the base")
     models = list(zip(labels, leaves, strict=True))
     models += [] if base_leaves is None else [("the base", base_leaves)]
@@ -103,7 +109,7 @@ def checked_inputs(
     )
     if aligned is not None:
         labels = [f"the curvature of {label}" for label in labels]
-        found = [_leaves(tree, curvature=True) for tree in aligned]
+        found = [_leaves(tree, only, curvature=True) for tree in aligned]
         curvatures = list(zip(labels, found, strict=True))
     for label, found in curvatures:
         if contract.gram:
@@ -180,7 +186,7 @@ def _unmet(contract: Contract, k: int, base: Any, curvature: Any, key: Any) -> l
     return problems
 
 
-def _leaves(tree: Any, *, curvature: bool = False) -> Leaves:
+def _leaves(tree: Any, only: Collection[Path] | None, *, curvature: bool = False) -> Leaves:
     def is_leaf(x: Any) -> bool:
         return curvature and (x is None or isinstance(x, Factored))
 
@@ -192,7 +198,8 @@ def _leaves(tree: Any, *, curvature: bool = False) -> Leaves:
         return tuple(jax.tree_util.keystr((entry,), simple=True) for entry in path)
 
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-    return {parts(path): leaf for path, leaf in flat}
+    found = {parts(path): leaf for path, leaf in flat}
+    return {p: leaf for p, leaf in found.items() if only is None or p in only}
 
 
 def _kind(x: Any) -> str:

@@ -132,5 +132,9 @@ def merged_dtype(inputs: LeafInputs) -> jnp.dtype:
     """Returns the dtype of the merged leaf: the base's, else the one that holds all experts'."""
     if inputs.base is not None:
         return jnp.asarray(inputs.base).dtype
-    dtypes = [jnp.asarray(x).dtype for x in inputs.experts]
+    return promoted([jnp.asarray(x).dtype for x in inputs.experts])
+
+
+def promoted(dtypes: Sequence[jnp.dtype]) -> jnp.dtype:
+    """Returns the dtype that holds all values; floats of 8 bits count beside no wider ones."""
     return jnp.result_type(*([d for d in dtypes if d.itemsize > 1] or dtypes))

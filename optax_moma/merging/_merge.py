@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from optax_moma import _globs
 from optax_moma.merging._contract import Contract, Step, SummaryStep
 from optax_moma.merging._inputs import (
     Checked,
@@ -25,7 +26,7 @@ Tree = Any
 
 
 def merge(
-    method: Step,
+    method: Step | Sequence[tuple[str, Step]],
     experts: Sequence[Tree] | Mapping[str, Tree],
     *,
     base: Tree | None = None,
@@ -47,7 +48,10 @@ def merge(
     leaves whole, see ``Contract``, that are spread over several processes).
 
     Args:
-      method: A method such as ``ties(0.2)``, or a ``chain`` of steps.
+      method: A method such as ``ties(0.2)``, or a ``chain`` of steps; or a list of methods by globs
+        of leaf paths, ``[("embed/**", average()), ("**", moma())]``, of which each leaf takes the
+        first that matches. ``*`` stands for anything within one part of a path, ``**`` for any
+        parts, ``?`` for one character, ``{a,b}`` and ``{0..3}`` for one of several.
       experts: Trees of params, a list or a dict by name.
       base: The params that the experts were fine-tuned from.
       curvature: A tree per expert, a list or a dict as ``experts`` is. It has, for every leaf of
@@ -67,40 +71,86 @@ def merge(
         have any, so not under ``jax.jit``.
 
     Example:
-      >>> from optax_moma.merging import task_arithmetic
+      >>> from optax_moma.merging import average, task_arithmetic
       >>> base = {"w": jnp.zeros(2)}
       >>> experts = {"math": {"w": jnp.array([1., 0.])}, "code": {"w": jnp.array([0., 2.])}}
       >>> merge(task_arithmetic(0.5), experts, base=base)
       {'w': Array([0.5, 1. ], dtype=float32)}
+      >>> methods = [("head/**", average()), ("**", task_arithmetic(1.0))]
+      >>> trees = [{"head": {"w": 2.0 * x["w"]}, "w": x["w"]} for x in experts.values()]
+      >>> merge(methods, trees, base={"head": {"w": jnp.zeros(2)}, "w": jnp.zeros(2)})
+      {'head': {'w': Array([1., 2.], dtype=float32)}, 'w': Array([1., 2.], dtype=float32)}
     """
+    if isinstance(method, Sequence):
+        paths, treedef, parts = _parts(method, experts, base, curvature, weights, key)
+    else:
+        whole = checked_inputs(_contract_of(method), experts, base, curvature, weights, key)
+        paths, treedef, parts = whole.paths, whole.treedef, [(method, whole)]
+    merged = {}
+    for step, inputs in parts:
+        merged |= _merged(step, inputs, key)
+    check_merged(merged)
+    return jax.tree_util.tree_unflatten(treedef, [merged[path] for path in paths])
+
+
+def _merged(method: Step, inputs: Checked, key: jax.Array | None) -> dict[Path, jax.Array]:
+    """Merges leaf by leaf, in the order of the paths."""
+    reference = inputs.experts[0] if inputs.base is None else inputs.base
+    ids = np.array([stable_id(name) for name in inputs.names])
+    averaged = [path for path in inputs.paths if is_float(reference[path])]
+    method = prepared(method, lambda: (_leaf_inputs(inputs, p, key, ids) for p in averaged))
+    return {
+        path: merge_sharded(method, _leaf_inputs(inputs, path, key, ids))
+        if is_float(reference[path])
+        else jnp.asarray(reference[path])
+        for path in inputs.paths
+    }
+
+
+def _contract_of(method: Any) -> Contract:
     if not isinstance(getattr(method, "contract", None), Contract):
         raise TypeError(
             f"method must be a merge method such as average() or chain(...), got {method!r}. "
             "Was the factory passed without calling it?"
         )
-    inputs = checked_inputs(method.contract, experts, base, curvature, weights, key)
-    reference = inputs.experts[0] if inputs.base is None else inputs.base
-    ids = np.array([stable_id(name) for name in inputs.names])
-    averaged = [path for path in inputs.paths if is_float(reference[path])]
-    method = prepared(method, lambda: (_leaf_inputs(inputs, p, key, ids) for p in averaged))
-    merged = [
-        merge_sharded(method, _leaf_inputs(inputs, path, key, ids))
-        if is_float(reference[path])
-        else jnp.asarray(reference[path])
-        for path in inputs.paths
-    ]
-    check_merged(dict(zip(map(path_text, inputs.paths), merged, strict=True)))
-    return jax.tree_util.tree_unflatten(inputs.treedef, merged)
+    return method.contract
 
 
-def check_merged(leaves: Mapping[str, jax.Array]) -> None:
+def _parts(
+    methods: Sequence[tuple[str, Step]],
+    experts: Any,
+    base: Any,
+    curvature: Any,
+    weights: Any,
+    key: Any,
+) -> tuple[list[Path], Any, list[tuple[Step, Checked]]]:
+    """Returns all paths, their tree, and each method with the inputs of the leaves it merges."""
+    whole = checked_inputs(Contract(combines=True), experts, base, None, None, None)
+    glob_of = _globs.assigned([glob for glob, _ in methods], [path_text(p) for p in whole.paths])
+    parts, problems = [], []
+    for glob, method in methods:
+        contract = _contract_of(method)
+        known = curvature if contract.curvature else None
+        only = {path for path in whole.paths if glob_of[path_text(path)] == glob}
+        try:
+            found = checked_inputs(contract, experts, base, known, weights, key, only)
+        except MergeError as error:
+            problems += error.problems
+        else:
+            parts.append((method, found))
+    if problems:
+        raise MergeError("Cannot merge,", list(dict.fromkeys(problems)))
+    return whole.paths, whole.treedef, parts
+
+
+def check_merged(leaves: Mapping[Path, jax.Array]) -> None:
     """Raises if there is anything but finite numbers in merged leaves that have values."""
-    known = {name: x for name, x in leaves.items() if is_float(x) and not isinstance(x, Tracer)}
-    counts = jax.device_get({name: count_not_finite(x) for name, x in known.items()})
+    known = [path for path, x in leaves.items() if is_float(x) and not isinstance(x, Tracer)]
+    counts = jax.device_get([count_not_finite(leaves[path]) for path in known])
     problems = [
-        f"{name}: {count} values of {leaves[name].dtype} that are not finite after the merge; "
-        "lower its scale, raise its ridge, or merge into a wider dtype"
-        for name, count in counts.items()
+        f"{path_text(path)}: {count} values of {leaves[path].dtype} that are not finite after the "
+        "merge; lower its scale, raise its ridge, or merge into a wider dtype"
+        for path, count in zip(known, counts, strict=True)
         if count
     ]
     if problems:

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 
 from optax_moma.merging import (
+    MergeError,
+    average,
     chain,
     curvature_ties,
     dare,
     elect,
+    fisher,
     mean,
     merge,
     scale,
@@ -154,3 +157,41 @@ def test_flax_nnx_state_and_plain_dicts_are_the_same_params():
     same = merge(dare(0.5), [plain(e) for e in experts], base=plain(base), key=key)
     for name in same:
         np.testing.assert_array_equal(merged[name][...], same[name])
+
+
+def test_methods_by_path_are_those_of_the_parts():
+    """Each part as if there were no others: its threshold, its random numbers, its curvature."""
+    base, experts, curvature = problem()
+    wrap = lambda tree: {"embed": {"w": tree["kernel"] * 2}, "layers": [tree, {"b": tree["bias"]}]}
+    base, experts, curvature = wrap(base), [wrap(e) for e in experts], [wrap(v) for v in curvature]
+    curvature = [v | {"embed": {"w": None}} for v in curvature]  # nothing is asked of it
+    key, weights = jax.random.key(1), [1.0, 2.0, 0.5]
+    at = chain(trim(0.3, by="saliency", scope="global"), weigh(), mean())
+    found = merge(
+        [("embed/*", dare(0.4, 0.5)), ("layers/{0..0}/**", at), ("**", average())],
+        experts, base=base, curvature=curvature, weights=weights, key=key,
+    )  # fmt: skip
+    alone = lambda get, method, **given: merge(
+        method, [get(e) for e in experts], base=get(base), weights=weights, **given
+    )
+    embed = alone(lambda tree: {"embed": tree["embed"]}, dare(0.4, 0.5), key=key)
+    first = lambda tree: {"layers": [tree["layers"][0]]}
+    layer = alone(first, at, curvature=[first(v) for v in curvature])
+    last = alone(lambda tree: tree["layers"][1], average())
+    want = {"embed": embed["embed"], "layers": [layer["layers"][0], last]}
+    assert jax.tree.structure(found) == jax.tree.structure(want)
+    jax.tree.map(np.testing.assert_array_equal, found, want)
+    traced = jax.jit(lambda experts: merge([("**", average())], experts))(experts)
+    jax.tree.map(np.testing.assert_array_equal, traced, merge(average(), experts))
+
+
+def test_globs_that_leave_something_out_are_told():
+    base, experts, _ = problem()
+    with pytest.raises(ValueError, match=r"'kernle' matches none of 3 leaves; .* kernel; no glob"):
+        merge([("kernle", average()), ("{bias,steps}", average())], experts, base=base)
+    with pytest.raises(ValueError, match="'kernel' matches falls under an earlier glob"):
+        merge([("**", average()), ("kernel", average())], experts, base=base)
+    with pytest.raises(TypeError, match="Was the factory passed without calling it"):
+        merge([("**", average)], experts, base=base)
+    with pytest.raises(MergeError, match=r"2 problems:\n- key: .*\n- curvature"):
+        merge([("kernel", dare()), ("**", fisher())], experts, base=base)
