@@ -30,7 +30,8 @@ def check_integer(name: str, value: Any, lowest: int) -> int:
 
 
 def check_decay(name: str, value: Any) -> None:
-    """``value`` lies in [0, 1)."""
+    """``value`` lies in [0, 1), and in a type that can tell it from 1."""
+    check_width(name, value)
     if _known(name, value) and not 0 <= value < 1:
         raise ValueError(f"{name} must lie in [0, 1), got {value}: it is the share that is kept.")
 
@@ -39,6 +40,24 @@ def check_not_negative(name: str, value: Any) -> None:
     """``value`` is at least zero, and a number."""
     if _known(name, value) and not value >= 0:
         raise ValueError(f"{name} must not be negative, got {value}.")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """``value`` is greater than zero."""
+    if _known(name, value) and not value > 0:
+        raise ValueError(f"{name} must be positive, got {value}.")
+
+
+def check_width(name: str, value: Any) -> None:
+    """``value``, traced or not, is in no type narrower than float32, which would round it away."""
+    dtype = getattr(value, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
+        raise TypeError(
+            f"{name} must not be a {jnp.dtype(dtype).name}: in so narrow a type 0.999 may be 1, and"
+            " 1e-8 may be 0. Give a Python number or a float32. optax.inject_hyperparams takes the"
+            " type of the parameters and gradients: pass it hyperparam_dtype=jnp.float32, or name"
+            f" the argument in static_args=('{name}', ...)."
+        )
 
 
 def check_finite(argument: str, tree: Any) -> None:

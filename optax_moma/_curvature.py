@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._checks import Scalar, listing
-from ._matrix import Layout, default_layouts, layouts, paper_layout
+from ._matrix import Layout, default_layouts, divisor, layouts, paper_layout
 from ._moments import Factored, estimate
-from ._tree import at_least_float32, leaves_like, named_leaves, unboxed
+from ._tree import fitting_leaves, named_leaves, unboxed, wide
 
 Curvature = jax.Array | Factored
 
@@ -36,7 +36,11 @@ KNOWN_BY = {
     "umtam": ("U", "s", "V", "R", "C", "base"),
     "adafactor": ("count", "v_row", "v_col", "v"),
     "adam": ("count", "mu", "nu"),
+    "rms": ("count", "nu"),
 }
+# States with the fields of Adam's whose nu is no average of g^2: of (g - m)^2, of ||g||^2 per leaf,
+# of a diagonal of the Hessian.
+OTHER_NU = {"ScaleByBeliefState", "ScaleByNovogradState", "SophiaState"}
 
 
 def curvature_from(
@@ -54,13 +58,18 @@ def curvature_from(
     :class:`Factored` and stays m + n numbers.
 
     Args:
-      opt_state: The state of ``moma``, ``umtam``, Adam, AdamW or Adafactor, anywhere inside
-        ``chain``, ``partition``, ``masked``, ``inject_hyperparams``, ``MultiSteps`` and the like,
-        or an ``nnx.Optimizer``; also what a checkpoint restores without a template, as lists and
-        dictionaries.
+      opt_state: The state of ``moma``, ``umtam``, Adafactor, Adam or an optimizer with Adam's
+        second moment (AdamW, NAdam, RAdam, AMSGrad, LAMB; RMSProp with ``bias_correction``,
+        schedule-free AdamW), anywhere inside ``chain``, ``partition``, ``masked``,
+        ``inject_hyperparams``, ``MultiSteps`` and the like, or an ``nnx.Optimizer``; also what a
+        checkpoint restores without a template, as lists and dictionaries. AdaBelief, NovoGrad and
+        Sophia keep something else under the same names, and are refused, but not from such a
+        checkpoint, which does not tell them from Adam. Adamax, Yogi and ADOPT cannot be told from
+        it at all, for their state is of Adam's type: what comes back is their own nu, divided by
+        ``1 - b2^t``. RMSProp without bias correction does not count its steps, and is refused.
       params: The parameters that the state belongs to (shapes are enough).
-      b2: Decay of the second moments, for bias correction. ``moma`` records its own and Adafactor
-        needs none: it is read for Adam's and umtam's states only.
+      b2: Decay of the second moments, for bias correction: ``decay`` of RMSProp, whose default is
+        0.9. ``moma`` records its own and Adafactor needs none: it is not read for their states.
       weight_dimension_numbers: What ``moma`` was given, if it was given any. A square matrix
         whose axes were swapped cannot be told from one whose axes were not.
       missing: Curvature of leaves that no state covers, such as frozen ones. None: an error.
@@ -85,12 +94,12 @@ def curvature_from(
     form: Mahdavinia and Mahdavi, "OTA-Merging", arXiv 2509.11167.
     """
     params = unboxed(params)
-    found_in = list(sources(_plain(opt_state)))
+    found_in = list(sources(opt_state))
     if not found_in:
         raise ValueError(
-            "no curvature found in opt_state: it holds no state of moma, umtam, Adam, AdamW or"
-            f" Adafactor, only {_describe(opt_state)}. Pass the whole state of the optimizer that"
-            " trained these parameters, not a part of it."
+            "no curvature found in opt_state: it holds no state of moma, umtam, Adafactor or an"
+            f" optimizer with Adam's second moment, only {_describe(opt_state)}. Pass the whole"
+            " state of the optimizer that trained these parameters, not a part of it."
         )
     names, leaves = named_leaves(params)
     axes: list[Layout | None] = [None] * len(leaves)
@@ -143,22 +152,17 @@ def saliency(params: Any, base: Any, curvature: Any, *, power: Scalar = 1.0) -> 
     Source: LeCun et al., "Optimal Brain Damage", 1989; the factored curvature: arXiv 2512.17109.
     """
     params, base = unboxed(params), unboxed(base)
-    names, leaves = named_leaves(params)
-    treedef = jax.tree.structure(params)
     columns = [
-        leaves_like(treedef, "params", argument, tree)
+        fitting_leaves("params", params, argument, tree, shape_of=shape_of)
         for argument, tree in (("base", base), ("curvature", curvature))
     ]
-    result = []
-    for name, w, w0, v in zip(names, leaves, *columns, strict=True):
-        if not w.shape == w0.shape == shape_of(v):
-            raise ValueError(
-                f"leaf {name!r} has shape {w.shape} in params, {w0.shape} in base and"
-                f" {shape_of(v)} in curvature: pass trees of one model."
-            )
-        moved = w.astype(jnp.promote_types(w.dtype, jnp.float32)) - w0
-        result.append(jnp.square(jnp.abs(moved)) * dense(v, power))
-    return treedef.unflatten(result)
+    leaves, treedef = jax.tree.flatten(params)
+    return treedef.unflatten(
+        [
+            jnp.square(jnp.abs(wide(w) - w0)) * dense(v, power)
+            for w, w0, v in zip(leaves, *columns, strict=True)
+        ]
+    )
 
 
 def dense(v: Curvature, power: Scalar = 1.0) -> jax.Array:
@@ -172,12 +176,7 @@ def shape_of(v: Curvature) -> tuple[int, ...]:
     """The shape of the leaf that ``v`` describes."""
     if isinstance(v, Factored):
         return jnp.broadcast_shapes(v.row.shape, v.col.shape)
-    return v.shape
-
-
-def _plain(opt_state: Any) -> Any:
-    """The state without Flax's wrappers, and of an ``nnx.Optimizer`` what it holds."""
-    return unboxed(getattr(opt_state, "opt_state", opt_state))
+    return np.shape(v)
 
 
 def _children(node: Any) -> dict[str, Any]:
@@ -191,8 +190,19 @@ def _children(node: Any) -> dict[str, Any]:
     return {}
 
 
-def sources(node: Any) -> Iterator[Source]:
-    """Every state below ``node`` that knows second moments, outermost first."""
+def sources(opt_state: Any) -> Iterator[Source]:
+    """Every part of a state, or of an ``nnx.Optimizer``, that knows second moments, in order."""
+    return _sources(_plain(opt_state))
+
+
+def _plain(opt_state: Any) -> Any:
+    """The state without Flax's wrappers, and of an ``nnx.Optimizer`` what it holds."""
+    return unboxed(getattr(opt_state, "opt_state", opt_state))
+
+
+def _sources(node: Any) -> Iterator[Source]:
+    if type(node).__name__ in OTHER_NU:
+        return
     fields = _children(node)
     for kind, known_by in KNOWN_BY.items():
         if all(field in fields for field in known_by):
@@ -206,7 +216,7 @@ def sources(node: Any) -> Iterator[Source]:
             yield Source(kind, tables, {field: fields[field] for field in scalars})
             return
     for child in fields.values():
-        yield from sources(child)
+        yield from _sources(child)
 
 
 def _leaf_curvature(
@@ -224,9 +234,9 @@ def _leaf_curvature(
         else:
             weight = _ema_weight(scalars, b2)
             if "nu" in part:
-                v = _wide(part["nu"]) / weight
+                v = wide(part["nu"]) / weight
             elif "R" in part:
-                R, C = _wide(part["R"]), _wide(part["C"])
+                R, C = wide(part["R"]), wide(part["C"])
                 axes = paper_layout(leaf) if kind == "umtam" else layout
                 v = _factored(name, leaf, R, C, weight, axes)
             else:
@@ -248,7 +258,7 @@ def _ema_weight(scalars: Mapping[str, Any], b2: Scalar) -> jax.Array:
         weight = jnp.asarray(scalars["nu_weight"])
     else:
         weight = 1 - b2 ** jnp.asarray(scalars["count"], jnp.result_type(float))
-    return jnp.where(weight > 0, weight, 1)
+    return divisor(weight)
 
 
 def _factored(
@@ -271,19 +281,14 @@ def _adafactor(leaf: Any, v_row: Any, v_col: Any, v: Any) -> Curvature | None:
     It needs no bias correction: its first decay is zero.
     """
     if v is not None and v.shape == leaf.shape:
-        return _wide(v)
+        return wide(v)
     if v_row is None or v_col is None or v_row.ndim != leaf.ndim - 1:
-        return None if v is None else _wide(v)
+        return None if v is None else wide(v)
     second, largest = (int(axis) for axis in np.argsort(leaf.shape)[-2:])
-    row = jnp.expand_dims(_wide(v_row), largest)
-    col = jnp.expand_dims(_wide(v_col), second)
+    row = jnp.expand_dims(wide(v_row), largest)
+    col = jnp.expand_dims(wide(v_col), second)
     mean = jnp.mean(row, axis=second, keepdims=True)
-    return Factored(row / jnp.where(mean > 0, mean, 1), col)
-
-
-def _wide(x: Any) -> jax.Array:
-    x = jnp.asarray(x)
-    return x.astype(at_least_float32(x.dtype))
+    return Factored(row / divisor(mean), col)
 
 
 def _describe(opt_state: Any) -> str:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ._checks import Scalar
-from ._matrix import contract, nonzero
+from ._matrix import contract, divisor
 
 Operator = Callable[[jax.Array], jax.Array]
 _BLOCK = 32
@@ -20,8 +20,9 @@ _BLOCK = 32
 class Factors(NamedTuple):
     """The matrix ``U diag(s) V^T`` (or a stack of them).
 
-    U (m, r) has orthonormal columns and V (n, r) unit columns; s (r,) is non-negative. Under a
-    target that rests, the factors converge to its leading singular vectors and values, in order.
+    U (m, r) has orthonormal columns, and null ones where the matrix has less than rank r; V (n, r)
+    has unit columns; s (r,) is non-negative. Under a target that rests, the factors converge to its
+    leading singular vectors and values, in order.
     """
 
     U: jax.Array
@@ -55,7 +56,7 @@ def orthonormalize(Y: jax.Array) -> jax.Array:
 
 def _pass(Y: jax.Array, shift: Any, least: Any) -> tuple[jax.Array, jax.Array]:
     """One pass of Cholesky-QR, and the squared pivots; columns of a smaller one become null."""
-    Y = Y / nonzero(jnp.linalg.norm(Y, axis=-2, keepdims=True))
+    Y = Y / divisor(jnp.linalg.norm(Y, axis=-2, keepdims=True))
     gram = contract("mr,ms->rs", Y, Y)
     L = _cholesky(gram + shift * jnp.eye(gram.shape[-1], dtype=Y.dtype))
     pivots = jnp.diagonal(L, axis1=-2, axis2=-1) ** 2
@@ -117,11 +118,11 @@ def _normalized(Q: jax.Array, Z: jax.Array, previous: jax.Array) -> Factors:
     s = jnp.linalg.norm(Z, axis=-1)
     found = s > Z.shape[-2] * jnp.finfo(Z.dtype).eps * jnp.max(s, axis=-1, keepdims=True)
     s = jnp.where(found, s, 0)
-    V = transposed(Z / nonzero(s)[..., None] * found[..., None])
+    V = transposed(Z / divisor(s)[..., None] * found[..., None])
 
     def search() -> jax.Array:
         unseen = previous - contract("nr,rs->ns", V, contract("nr,ns->rs", V, previous))
-        unseen = unseen / nonzero(jnp.linalg.norm(unseen, axis=-2, keepdims=True))
+        unseen = unseen / divisor(jnp.linalg.norm(unseen, axis=-2, keepdims=True))
         return jnp.where(found[..., None, :], V, unseen)
 
     return Factors(Q, s, jax.lax.cond(jnp.all(found), lambda: V, search))

@@ -29,6 +29,11 @@ class Layout(NamedTuple):
         m, n = (math.prod(self.shape[i] for i in axes) for axes in (self.rows, self.cols))
         return (*(self.shape[i] for i in self.batch), m, n)
 
+    @property
+    def side(self) -> int:
+        """The shorter side of each matrix."""
+        return min(self.matrix_shape[-2:])
+
     def to_matrix(self, x: jax.Array) -> jax.Array:
         """The leaf as an array of shape (*batch, m, n)."""
         x = jnp.transpose(_drop_minor_shardings(x, self), self.batch + self.rows + self.cols)
@@ -79,11 +84,11 @@ class Layout(NamedTuple):
 
     def _matrix_spec(self, transposed: jax.Array) -> tuple[Any, ...]:
         b, r = len(self.batch), len(self.rows)
-        spec = _spec_of(transposed)
+        spec = spec_of(transposed)
         return (*spec[:b], spec[b], spec[b + r])
 
     def _leaf_spec(self, matrix: jax.Array) -> tuple[Any, ...]:
-        *batch, row, col = _spec_of(matrix)
+        *batch, row, col = spec_of(matrix)
         return (
             *batch, row, *([None] * (len(self.rows) - 1)), col, *([None] * (len(self.cols) - 1))
         )  # fmt: skip
@@ -104,56 +109,60 @@ def layouts(
         Axes that are not named stack independent matrices.
       min_dim_size_to_factor: A matrix with fewer rows or columns than this is kept dense.
 
-    Without dimension numbers a two-dimensional leaf is its own matrix; of a leaf with more axes the
-    last two are the matrix when both reach ``min_dim_size_to_factor`` (layers stacked for a scan),
-    else its axes are cut in two where the halves are most nearly square (a convolution's kernel, an
-    attention projection with separate heads).
+    Without dimension numbers a two-dimensional leaf is its own matrix. A leaf with more axes is the
+    finest stack whose matrices reach ``min_dim_size_to_factor`` both ways: as many axes as can be
+    are taken off its front to stack, and the rest is cut in two where the halves are most nearly
+    square. When in doubt it stacks, for two matrices kept apart cost a little state, and two that
+    are taken for one share directions that they do not have in common.
     """
     names, leaves = named_leaves(params, is_leaf=is_none)
+    if not leaves:  # a tree without leaves, Optax's placeholder among them, fits any numbers
+        return []
     if callable(dimension_numbers) and not _is_spec(dimension_numbers):
         dimension_numbers = dimension_numbers(params)
     if dimension_numbers is None:
-        specs: list[Any] = [_default_axes(leaf, min_dim_size_to_factor) for leaf in leaves]
-    else:
-        spread = _broadcast(dimension_numbers, params)
-        specs = [_named_axes(*args) for args in zip(spread, names, leaves, strict=True)]
-    return [_layout(*pair, min_dim_size_to_factor) for pair in zip(leaves, specs, strict=True)]
+        return [
+            next((x for x in default_layouts(leaf) if x.side >= min_dim_size_to_factor), None)
+            for leaf in leaves
+        ]
+    spread = _broadcast(dimension_numbers, params)
+    axes = [_named_axes(*args) for args in zip(spread, names, leaves, strict=True)]
+    found = [_layout(*pair) for pair in zip(leaves, axes, strict=True)]
+    return [x if x and x.side >= min_dim_size_to_factor else None for x in found]
 
 
 _Axes = tuple[tuple[int, ...], tuple[int, ...]] | None
 
 
 def default_layouts(leaf: Any) -> list[Layout]:
-    """The layouts that the rule without dimension numbers may give a leaf, for any threshold."""
-    candidates = (_layout(leaf, _default_axes(leaf, size), 1) for size in (1, math.inf))
-    return [layout for layout in candidates if layout is not None]
+    """The layouts that the rule without dimension numbers chooses from, the finest stack first."""
+    if leaf is None or leaf.ndim < 2:
+        return []
+    cuts = (_square_cut(leaf.shape, stacked) for stacked in reversed(range(leaf.ndim - 1)))
+    return [layout for axes in cuts if (layout := _layout(leaf, axes))]
 
 
 def paper_layout(leaf: Any) -> Layout | None:
     """The published view of a leaf as one matrix: its first axis against all others."""
     axes = tuple(range(leaf.ndim))
-    return _layout(leaf, (axes[:1], axes[1:]) if leaf.ndim > 1 else None, 1)
+    return _layout(leaf, (axes[:1], axes[1:]) if leaf.ndim > 1 else None)
 
 
-def _layout(leaf: Any, axes: _Axes, min_dim_size_to_factor: int) -> Layout | None:
-    if axes is None or jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+def _layout(leaf: Any, axes: _Axes) -> Layout | None:
+    """The layout with these rows and columns; None for a leaf that cannot be factored."""
+    if axes is None or 0 in leaf.shape or jnp.issubdtype(leaf.dtype, jnp.complexfloating):
         return None
     rows, cols = axes
     batch = tuple(i for i in range(leaf.ndim) if i not in rows + cols)
-    layout = Layout(tuple(leaf.shape), batch, rows, cols)
-    if 0 in leaf.shape or min(layout.matrix_shape[-2:]) < min_dim_size_to_factor:
-        return None
-    return layout
+    return Layout(tuple(leaf.shape), batch, rows, cols)
 
 
-def _default_axes(leaf: Any, min_dim_size_to_factor: float) -> _Axes:
-    if leaf is None or leaf.ndim < 2:
-        return None
-    axes, shape = tuple(range(leaf.ndim)), leaf.shape
-    if leaf.ndim == 2 or min(shape[-2:]) >= min_dim_size_to_factor:
-        return axes[-2:-1], axes[-1:]
-    cut = max(range(1, leaf.ndim), key=lambda i: min(math.prod(shape[:i]), math.prod(shape[i:])))
-    return axes[:cut], axes[cut:]
+def _square_cut(shape: tuple[int, ...], stacked: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The axes after the first ``stacked``, cut in two where the halves are most nearly square."""
+    axes = tuple(range(stacked, len(shape)))
+    size = lambda half: math.prod(shape[i] for i in half)  # noqa: E731
+    cuts = [(axes[:i], axes[i:]) for i in range(1, len(axes))]
+    return max(cuts, key=lambda halves: min(map(size, halves)))
 
 
 def _named_axes(spec: Any, name: str, leaf: Any) -> _Axes:
@@ -240,7 +249,7 @@ def contract(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     if sharding is not None:
         axes: dict[str, Any] = {}
         for names, x in zip(letters, (a, b), strict=True):
-            for name, axis in zip(names, _spec_of(x), strict=True):
+            for name, axis in zip(names, spec_of(x), strict=True):
                 axes[name] = axes.get(name) or axis
         sharding = NamedSharding(sharding.mesh, PartitionSpec(*(axes[name] for name in output)))
     return jnp.einsum(
@@ -252,7 +261,7 @@ def contract(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     )
 
 
-def nonzero(x: jax.Array) -> jax.Array:
+def divisor(x: jax.Array) -> jax.Array:
     """``x``, and one where it is not positive: a divisor that leaves null what is null."""
     return jnp.where(x > 0, x, 1)
 
@@ -272,7 +281,8 @@ def _padded(spec: Iterable[Any], ndim: int) -> tuple[Any, ...]:
     return (*axes, *([None] * (ndim - len(axes))))
 
 
-def _spec_of(x: jax.Array) -> tuple[Any, ...]:
+def spec_of(x: jax.Array) -> tuple[Any, ...]:
+    """The mesh axes in an array's type, axis by axis; all None where the mesh is not explicit."""
     sharding = sharding_of(x)
     return _padded(sharding.spec if sharding else (), x.ndim)
 
@@ -294,5 +304,5 @@ def _drop_minor_shardings(x: jax.Array, layout: Layout) -> jax.Array:
     if sharding is None:
         return x
     minor = (*layout.rows[1:], *layout.cols[1:])
-    spec = [None if i in minor else axis for i, axis in enumerate(_spec_of(x))]
+    spec = [None if i in minor else axis for i, axis in enumerate(spec_of(x))]
     return reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))

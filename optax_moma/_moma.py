@@ -27,9 +27,9 @@ import optax
 from jax.typing import DTypeLike
 
 from . import _moments as moments
-from ._checks import Scalar, check_decay, check_integer, check_not_negative
+from ._checks import Scalar, check_decay, check_integer, check_not_negative, check_width
 from ._lowrank import Factors, follow, transposed
-from ._matrix import Layout, contract, layouts, nonzero, reshard, unshared
+from ._matrix import Layout, contract, divisor, layouts, reshard, unshared
 from ._quantize import Blocks, dequantize, quantize
 from ._tree import (
     at_least_float32,
@@ -52,14 +52,15 @@ class ScaleByMomaState(NamedTuple):
       count: Number of updates so far, int32.
       mu_weight: Total weight of the momentum's moving average, 1 - b1^count.
       nu_weight: Total weight of the second moments' moving average, 1 - b2^count.
-      U: Left factors of the momentum, (m, r), orthonormal columns.
+      U: Left factors of the momentum, (m, r): orthonormal columns, null ones beyond its rank.
       s: Lengths, (r,).
       V: Right factors, (n, r), unit columns.
       R: Moving average of the row sums of the squared gradient, (m,).
       C: Moving average of its column sums, (n,).
       saliency_row: Sums over rows of the loss decrease along the trajectory, (m,).
       saliency_col: The same over columns, (n,).
-      error: The momentum outside the subspace, (m, n), or None.
+      error: The momentum outside the subspace, (m, n), as an array or int8 blocks; a
+        ``MaskedNode`` without ``error_dtype``.
       mu: First moment of every other leaf.
       nu: Second moment of every other leaf.
       saliency: Loss decrease along the trajectory, entry by entry, of every other leaf.
@@ -141,42 +142,83 @@ def scale_by_moma(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescale updates by low-rank momentum of the preconditioned gradient.
 
-    The equations stand at the head of this module's source, and in :func:`moma`, the optimizer made
-    of it. State of a matrix (m, n): ``(rank + 2) (m + n) + rank`` numbers, with saliency.
+    The update is :math:`\Delta / \max(1, RMS(\Delta))` of the equations of :func:`moma`, the
+    optimizer made of it. State of a matrix (m, n): ``(rank + 2) (m + n) + rank`` numbers, with
+    saliency. A leaf that is no matrix gets Adam's moments, the same relative ``eps`` and
+    ``clip_rms``, taken over the whole leaf. A matrix of a stack (see ``weight_dimension_numbers``)
+    is updated as if it were a leaf of its own.
+
+    A gradient that is not finite makes its whole leaf so, for good: the momentum mixes all entries.
+    Where losses may overflow wrap the optimizer in ``optax.apply_if_finite``. A finite gradient
+    whose square overflows (above 1e19 in float32) only stops what the square is counted in: its
+    entry, or its row and its column.
 
     Args:
       rank: Columns of the momentum's factors, r >= 1 (at most min(m, n) are kept).
       b1: Decay of the momentum, in [0, 1).
       b2: Decay of the second moments R and C, in [0, 1).
       eps: The preconditioner counts no row, column or entry as less than this share of the average
-        one. Relative: a loss multiplied by a constant gives the same updates.
+        one. Relative: a loss multiplied by a constant gives the same updates; an entry that once
+        had a gradient ``eps**-0.5`` times the others' holds them back while it is remembered.
       residual: Multiplies the part of the gradient outside the subspace; 0 leaves it out.
       clip_spectral: Largest length of one of the momentum's directions (they converge to singular
         values), in units of :math:`\sqrt{\max(m, n)}`; ``inf`` for none. So a gradient of a single
         direction moves its leaf by an RMS of :math:`1 / \sqrt{\min(m, n)}` of the rate, as in Muon,
         where Adam moves it by 1: early training has such gradients, and toy problems.
-      clip_rms: Largest root mean square of a leaf's update, as in Adafactor; ``inf`` for none.
+      clip_rms: Largest root mean square of a matrix's update, or of another leaf's, as in
+        Adafactor; ``inf`` for none.
       power_iterations: Subspace iterations per step, >= 1, of two thin products with the gradient
         each. More follow the momentum's best rank-r part more closely.
       min_dim_size_to_factor: A matrix with fewer rows or columns is kept with Adam's dense moments,
         as are leaves that are no matrices, and complex ones.
       weight_dimension_numbers: Which axes of a leaf are fan-in and fan-out; the others stack
-        independent matrices. None (a two-dimensional leaf is a matrix; of more axes the last two
-        are, if both reach ``min_dim_size_to_factor``, else the axes are cut in two where the halves
-        are most nearly square), one ``optax.contrib.MuonDimensionNumbers``, a tree of them (a
-        prefix will do, None for leaves that are no matrices), or a callable from parameters to such
+        independent matrices. None, for a rule that knows the shape only, below; one
+        ``optax.contrib.MuonDimensionNumbers(reduction_axis, output_axis)``; a tree of them (a
+        prefix will do, None for leaves that are no matrices); or a callable from parameters to such
         a tree.
       saliency: Whether to accumulate the loss decrease along the trajectory, the path integral
-        :math:`\sum_t -g \odot \Delta w`, as row and column sums.
+        :math:`\sum_t -g \odot \Delta w`, as row and column sums. It touches no step, and no
+        function of this package reads it. It adds about a third to what a matrix's update reads and
+        writes: ``cost_analysis()["bytes accessed"]`` of the compiled update of 768 x 3072 in
+        float32 on a CPU is 15.2 times the matrix with it and 11.0 times without. To choose entries
+        after training :func:`optax_moma.saliency`, from R and C, is the better score: in
+        ``experiments/glue`` 5 % of the entries keep 7.7 ± 3.2 points more by it than by magnitude
+        (three seeds), and 4.6 ± 2.4 points less by the integral (one seed). Without use for the
+        integral switch it off.
       learning_rate: The rate (or schedule) by which the chain multiplies these updates later on. It
-        weighs the steps in ``saliency`` and touches nothing else.
+        weighs the steps in ``saliency`` and touches nothing else; 1, for want of it, weighs a
+        constant rate's steps rightly up to that factor.
       error_dtype: None; or the type of a buffer (m, n) for the momentum outside the subspace:
-        ``float32``, ``bfloat16``, or ``int8`` with one scale per 128 entries. With it nothing is
-        lost by truncation, and the residual is that of the momentum: the dense average.
+        ``float32``, ``bfloat16``, or ``int8`` with one scale per 128 entries of a row. With it
+        nothing is lost by truncation, and the residual is that of the momentum: the dense average.
+        Columns that lie on several devices should do so by multiples of 128: else an update sends
+        shares of an int8 buffer to neighbours.
       mu_dtype: Type of U, s, V and mu. None: the gradient's, but at least float32.
       nu_dtype: Type of R, C, nu and the saliency, float32 or float64: in half a type, a moving
         average with b2 = 0.999 stands still. None: the gradient's, but at least float32.
       seed: Seed of the random directions where the subspace starts to look.
+
+    Without dimension numbers a leaf of two axes is a matrix as it stands, and a leaf of more axes
+    the finest stack whose matrices reach ``min_dim_size_to_factor`` both ways: axes are taken off
+    its front to stack, as many as can be, and the rest is cut in two where the halves are most
+    nearly square. The rule cannot see what an axis means; ``state_size(tx, params).matrices`` says
+    what it made of each leaf. With ``D = optax.contrib.MuonDimensionNumbers`` and sizes of at
+    least 128 where they are not given:
+
+    ===================================  ====================  ====================================
+    leaf                                 without numbers       to say it
+    ===================================  ====================  ====================================
+    (m, n)                               (m, n)                ``D(0, 1)``
+    scanned layers (L, m, n)             (L, m, n)             ``D(1, 2)``
+    heads (d, 12, 64)                    (d, 768)              ``D(0, (1, 2))``
+    scanned heads (L, d, 12, 64)         (L, d, 768)           ``D(1, (2, 3))``
+    heads that are many (d, h, 128)      (d, h, 128): wrong    ``D(0, (1, 2))``
+    output of heads (12, 64, d)          (768, d)              ``D((0, 1), 2)``
+    output of heads (h, 128, d)          (h, 128, d): by head  ``D((0, 1), 2)``
+    scanned output (L, 12, 64, d)        (L, 768, d)           ``D((1, 2), 3)``
+    experts (L, E, m, n)                 (L, E, m, n)          ``D(2, 3)``
+    convolution (3, 3, m, n)             (3, 3, m, n): by tap  ``D((0, 1, 2), 3)``
+    ===================================  ====================  ====================================
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. It needs no params.
@@ -185,7 +227,9 @@ def scale_by_moma(
       ValueError: rank < 1, b1 or b2 outside [0, 1), a negative eps, residual, clip_spectral or
         clip_rms, dimension numbers that do not fit a leaf, an error_dtype that is none of these.
       TypeError: rank or min_dim_size_to_factor is not a Python integer. They fix shapes: under
-        ``optax.inject_hyperparams`` name them in ``static_args``.
+        ``optax.inject_hyperparams`` name them in ``static_args``. Or b1, b2 or eps is an array of
+        a type narrower than float32, in which 0.999 is 1 and nothing trains: inject_hyperparams
+        makes them of the gradients' type unless it is given ``hyperparam_dtype=jnp.float32``.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_moma as om
@@ -209,6 +253,7 @@ def scale_by_moma(
         power_iterations = check_integer("power_iterations", power_iterations, lowest=1)
     check_decay("b1", b1)
     check_decay("b2", b2)
+    check_width("eps", eps)
     check_not_negative("eps", eps)
     check_not_negative("residual", residual)
     check_not_negative("clip_spectral", clip_spectral)
@@ -370,7 +415,7 @@ def _dense_step(g: jax.Array, state: _Dense, hyper: _Hyper) -> tuple[jax.Array, 
     nu = moments.ema(state.nu.astype(G.real.dtype), jnp.square(jnp.abs(G)), hyper.b2)
     step = mu / hyper.mu_weight * moments.dense_inverse_root(nu, hyper.nu_weight, hyper.eps)
     rms = jnp.sqrt(jnp.mean(jnp.square(jnp.abs(step))))
-    step = step * jnp.minimum(1, hyper.clip_rms / nonzero(rms))
+    step = step * jnp.minimum(1, hyper.clip_rms / divisor(rms))
     descent = hyper.learning_rate * (G.conj() * step).real
     return step.astype(g.dtype), _Dense(mu, nu, _accumulate(state.saliency, descent))
 
@@ -403,11 +448,10 @@ def _lengths(s: jax.Array, layout: Layout, hyper: _Hyper) -> jax.Array:
 
 
 def _clip(norm: jax.Array, layout: Layout, clip_rms: Scalar) -> jax.Array:
-    """The factor that brings updates of these norms, (*batch, 1, 1), to an RMS of ``clip_rms``."""
+    """The factors that bring updates of these norms, (*batch, 1, 1), to an RMS of ``clip_rms``."""
     m, n = layout.matrix_shape[-2:]
-    # Stacked matrices form one leaf, and one leaf has one factor.
-    rms = jnp.sqrt(jnp.mean(jnp.square(norm)) / (m * n))
-    return jnp.minimum(1, clip_rms / nonzero(rms))
+    rms = jnp.sqrt(jnp.square(norm) / (m * n))
+    return jnp.minimum(1, clip_rms / divisor(rms))
 
 
 def _norm(x: jax.Array) -> jax.Array:
@@ -473,10 +517,12 @@ def moma(
       eps: See :func:`scale_by_moma`, as for all arguments that follow.
       residual: Multiplies the part of the gradient outside the subspace.
       clip_spectral: Largest length of a direction of the momentum, in units of sqrt(max(m, n)).
-      clip_rms: Largest root mean square of a leaf's update.
+      clip_rms: Largest root mean square of a matrix's update, or of another leaf's.
       power_iterations: Subspace iterations per step.
-      weight_dimension_numbers: Which axes of a leaf are fan-in and fan-out.
-      saliency: Whether to accumulate the loss decrease along the trajectory.
+      weight_dimension_numbers: Which axes of a leaf are fan-in and fan-out. Say it for leaves of
+        more than two axes, such as attention heads: :func:`scale_by_moma` has a table.
+      saliency: Whether to accumulate the loss decrease along the trajectory, which costs a third of
+        the update's memory traffic.
       error_dtype: Type of a dense buffer for the momentum outside the subspace, or None.
       mu_dtype: Type of the momentum.
       nu_dtype: Type of the second moments and the saliency.
@@ -486,9 +532,11 @@ def moma(
       An ``optax.GradientTransformationExtraArgs``.
 
     Raises:
-      ValueError: An argument out of its range; see :func:`scale_by_moma`.
+      ValueError: An argument out of its range; see :func:`scale_by_moma`. A negative weight_decay.
       TypeError: rank or min_dim_size_to_factor is not a Python integer. Under
         ``optax.inject_hyperparams`` name them in ``static_args``, as well as callables and dtypes.
+        Or b1, b2 or eps is an array of a type narrower than float32, as inject_hyperparams makes
+        them for gradients in bfloat16 unless it is given ``hyperparam_dtype=jnp.float32``.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, optax_moma as om
@@ -507,6 +555,8 @@ def moma(
 
     Source: :func:`scale_by_moma` names the origins of the parts.
     """
+    if not callable(weight_decay):  # some versions of Optax take a schedule
+        check_not_negative("weight_decay", weight_decay)
     return optax.chain(
         scale_by_moma(
             rank,

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ._checks import Scalar
-from ._matrix import Layout, nonzero
+from ._matrix import Layout, divisor
 
 
 class Factored(NamedTuple):
@@ -58,28 +58,39 @@ def inverse_root(
     ``weight`` is the total weight of the moving average (``1 - b2^t``), so that ``v / weight`` is
     free of its bias towards zero. ``eps`` bounds how much less than the average row (or column) a
     row may count: :math:`p_i = (R_i / \bar R + eps)^{-1/2}`. It is relative, so a loss scaled by a
-    constant gives the same update. A matrix that never got a gradient has P = 0.
+    constant gives the same update. A matrix that never got a gradient has P = 0, and so have a row
+    and a column whose squares once overflowed to infinity: the others go on without them.
     """
-    row_mean, col_mean = (jnp.mean(x, axis=-1, keepdims=True) for x in (R, C))
-    p = _inverse_root(R / nonzero(row_mean) + eps)
-    q = _inverse_root(C / nonzero(col_mean) + eps)
+    row_mean, col_mean = (_mean(x, axis=-1) for x in (R, C))
+    p = _inverse_root(R / divisor(row_mean) + eps)
+    q = _inverse_root(C / divisor(col_mean) + eps)
     # v_ij = R_i C_j / sum(R) = (R_i / mean R) (C_j / mean C) mean(C) / m
-    root = jnp.sqrt(R.shape[-1] * weight) * jax.lax.rsqrt(nonzero(col_mean))
+    root = jnp.sqrt(R.shape[-1] * weight) * jax.lax.rsqrt(divisor(col_mean))
     return p, jnp.where(col_mean > 0, q * root, 0)
 
 
 def dense_inverse_root(v: jax.Array, weight: Scalar, eps: Scalar) -> jax.Array:
     """``(v / weight)^(-1/2)`` entry by entry, with the same relative ``eps``; 0 where v is 0."""
-    mean = jnp.mean(v)
-    root = jnp.sqrt(weight) * jax.lax.rsqrt(nonzero(mean))
-    return jnp.where(v > 0, _inverse_root(v / nonzero(mean) + eps) * root, 0)
+    mean = _mean(v)
+    root = jnp.sqrt(weight) * jax.lax.rsqrt(divisor(mean))
+    return jnp.where(v > 0, _inverse_root(v / divisor(mean) + eps) * root, 0)
+
+
+def _mean(x: jax.Array, axis: int | None = None) -> jax.Array:
+    """The mean, in which an infinite entry counts as zero: relative to it all others would be."""
+    plain, finite = (
+        jnp.mean(y, axis=axis, keepdims=axis is not None)
+        for y in (x, jnp.where(jnp.isfinite(x), x, 0))
+    )
+    # The plain mean where it will do: with a mask the compiler adds up in another order.
+    return jnp.where(jnp.isfinite(plain), plain, finite)
 
 
 def _inverse_root(x: jax.Array) -> jax.Array:
-    return jnp.where(x > 0, jax.lax.rsqrt(nonzero(x)), 0)
+    return jnp.where(x > 0, jax.lax.rsqrt(divisor(x)), 0)
 
 
 def estimate(R: jax.Array, C: jax.Array, weight: Scalar, layout: Layout) -> Factored:
     """``v / weight`` of a leaf of this layout, still factored. Zero where R and C are."""
-    total = nonzero(jnp.sum(R, axis=-1, keepdims=True))
+    total = divisor(jnp.sum(R, axis=-1, keepdims=True))
     return Factored(layout.rows_in_leaf(R / total), layout.cols_in_leaf(C / weight))

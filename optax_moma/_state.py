@@ -8,7 +8,9 @@ import jax
 import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ._tree import named_leaves, path_name, unboxed
+from ._curvature import sources
+from ._quantize import Blocks
+from ._tree import is_none, path_name, unboxed
 
 
 class StateSize(NamedTuple):
@@ -17,10 +19,13 @@ class StateSize(NamedTuple):
     Attributes:
       total_bytes: All of it.
       by_field: Bytes per quantity, such as ``{'U': ..., 'R': ..., 'mu': ...}``, largest first.
+      matrices: The shape (*stacked, m, n) in which ``moma`` or ``umtam`` sees each leaf that it
+        factors, by the leaf's path. Leaves that are not in it are kept entry by entry.
     """
 
     total_bytes: int
     by_field: dict[str, int]
+    matrices: dict[str, tuple[int, ...]]
 
 
 def state_size(tx: optax.GradientTransformation, params: Any) -> StateSize:
@@ -38,11 +43,13 @@ def state_size(tx: optax.GradientTransformation, params: Any) -> StateSize:
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, optax_moma as om
-      >>> params = {"kernel": jax.ShapeDtypeStruct((768, 3072), jnp.float32)}
+      >>> array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+      >>> params = {"up": array(768, 3072), "query": array(768, 12, 64), "bias": array(3072)}
       >>> om.state_size(optax.adamw(1e-3), params).total_bytes
-      18874372
-      >>> om.state_size(om.moma(1e-3, rank=32), params).by_field["U"]
-      98304
+      23617540
+      >>> size = om.state_size(om.moma(1e-3, rank=32), params)
+      >>> size.by_field["U"], size.matrices
+      (196608, {'query': (768, 768), 'up': (768, 3072)})
     """
     params = unboxed(params)
     state = jax.eval_shape(tx.init, params)
@@ -52,7 +59,12 @@ def state_size(tx: optax.GradientTransformation, params: Any) -> StateSize:
         field = _field(path, param_paths)
         fields[field] = fields.get(field, 0) + leaf.size * leaf.dtype.itemsize
     by_size = dict(sorted(fields.items(), key=lambda item: -item[1]))
-    return StateSize(sum(fields.values()), by_size)
+    matrices = {
+        name: (*R.shape, tables["C"][name].shape[-1])
+        for _, tables, _ in sources(state)
+        for name, R in tables.get("R", {}).items()
+    }
+    return StateSize(sum(fields.values()), by_size, matrices)
 
 
 def _field(path: tuple[Any, ...], param_paths: Collection[tuple[Any, ...]]) -> str:
@@ -65,9 +77,18 @@ def _field(path: tuple[Any, ...], param_paths: Collection[tuple[Any, ...]]) -> s
 def _parameter(
     path: tuple[Any, ...], param_paths: Collection[tuple[Any, ...]]
 ) -> tuple[int, int] | None:
-    """Where in the path of a state's array the path of its parameter begins and ends."""
-    spans = [(i, j) for i in range(len(path)) for j in range(i + 1, len(path) + 1)]
-    return next(((i, j) for i, j in spans if path[i:j] in param_paths), None)
+    """Where in the path of a state's array the path of its parameter begins and ends.
+
+    It ends with the array's, or before a field of :class:`Blocks`, and is the tree of a named
+    field: that of a list's first leaf is not in the first link of a chain, nor is a leaf named mu
+    the field of this name.
+    """
+    ends = [len(path)]
+    if path[-1:] in [(jax.tree_util.GetAttrKey(field),) for field in Blocks._fields]:
+        ends.append(len(path) - 1)
+    in_a_field = lambda i: not isinstance(path[i - 1], jax.tree_util.SequenceKey)  # noqa: E731
+    spans = [(i, end) for end in ends for i in range(1, end + 1) if in_a_field(i)]
+    return min((x for x in spans if path[slice(*x)] in param_paths), default=None)
 
 
 def state_partition_specs(
@@ -118,9 +139,7 @@ def state_partition_specs(
       ((('fsdp', 'tensor'), None), (('tensor', 'fsdp'),))
     """
     params = unboxed(params)
-    names, leaves = named_leaves(params)
-    treedef = jax.tree.structure(params)
-    param_paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    flat, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_none)
     is_spec = lambda x: x is None or isinstance(x, PartitionSpec)  # noqa: E731
     specs, spec_def = jax.tree.flatten(unboxed(param_specs), is_leaf=is_spec)
     if spec_def != treedef:
@@ -129,17 +148,20 @@ def state_partition_specs(
             f" it has structure {spec_def}, params have {treedef}."
         )
     specs = [spec or PartitionSpec() for spec in specs]
-    for name, leaf, spec in zip(names, leaves, specs, strict=True):
-        if len(spec) > len(leaf.shape):
+    for (path, leaf), spec in zip(flat, specs, strict=True):
+        if leaf is not None and len(spec) > len(leaf.shape):
             raise ValueError(
-                f"the spec of leaf {name!r}, {spec}, has more axes than its shape {leaf.shape}."
+                f"the spec of leaf {path_name(path)!r}, {spec}, has more axes than its shape"
+                f" {leaf.shape}."
             )
     # A mesh of one device per axis: every shape divides, and only the names matter.
     axes = sorted({axis for spec in specs for axis in _axis_names(spec)}) or ["unused"]
     mesh = AbstractMesh((1,) * len(axes), tuple(axes), axis_types=(AxisType.Explicit,) * len(axes))
     abstract = [
-        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
-        for leaf, spec in zip(leaves, specs, strict=True)
+        None  # as Optax allows in place of a leaf
+        if leaf is None
+        else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+        for (_, leaf), spec in zip(flat, specs, strict=True)
     ]
     # The empty mesh first: a mesh that is in use outside may have axes of other sizes.
     none = AbstractMesh((), ())
@@ -148,11 +170,12 @@ def state_partition_specs(
     state_specs = jax.tree.map(lambda x: x.sharding.spec if x.sharding else PartitionSpec(), state)
     if spread_over is None:
         return state_specs
-    axes_of = dict(zip(param_paths, map(_axis_names, specs), strict=True))
+    axes_of = {path: _axis_names(spec) for (path, _), spec in zip(flat, specs, strict=True)}
 
     def spread(path: tuple[Any, ...], x: Any, spec: PartitionSpec) -> PartitionSpec:
-        i, j = _parameter(path, axes_of) or (0, 0)
-        return _spread(x.shape, spec, axes_of.get(path[i:j], []), spread_over.shape)
+        found = _parameter(path, axes_of)
+        axes = axes_of[path[slice(*found)]] if found else []
+        return _spread(x.shape, spec, axes, spread_over.shape)
 
     return jax.tree.map_with_path(spread, state, state_specs)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import DTypeLike
 
@@ -69,6 +70,27 @@ def leaves_like(treedef: Any, reference: str, argument: str, tree: Any) -> list[
         raise ValueError(f"{argument} is not a tree like {reference}: {error}") from error
 
 
+def fitting_leaves(
+    reference: str,
+    like: Any,
+    argument: str,
+    tree: Any,
+    *,
+    is_leaf: Callable[[Any], bool] | None = None,
+    shape_of: Callable[[Any], tuple[int, ...]] = np.shape,
+) -> list[Any]:
+    """The leaves of ``tree``, which must have the structure and the shapes of another."""
+    names, leaves = named_leaves(like, is_leaf)
+    found = leaves_like(jax.tree.structure(like, is_leaf=is_leaf), reference, argument, tree)
+    for name, x, y in zip(names, leaves, found, strict=True):
+        if shape_of(x) != shape_of(y):
+            raise ValueError(
+                f"leaf {name!r} has shape {shape_of(x)} in {reference} and {shape_of(y)} in"
+                f" {argument}: pass trees of one model."
+            )
+    return found
+
+
 def name_hash(name: str) -> int:
     """A hash of a leaf's or an expert's name that every process and Python version agrees on."""
     return zlib.crc32(name.encode())
@@ -77,6 +99,12 @@ def name_hash(name: str) -> int:
 def at_least_float32(dtype: DTypeLike) -> Any:
     """The type in which a leaf of this type is computed with, and its state kept."""
     return jnp.promote_types(dtype, jnp.float32)
+
+
+def wide(x: Any) -> jax.Array:
+    """``x`` as an array of the type in which it is computed with."""
+    x = jnp.asarray(x)
+    return x.astype(at_least_float32(x.dtype))
 
 
 def to_trees(params: Any, entries: list[Any], fields: tuple[str, ...]) -> dict[str, Any]:

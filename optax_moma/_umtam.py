@@ -23,8 +23,8 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from . import _moments as moments
-from ._checks import Scalar, check_decay, check_integer, check_not_negative
-from ._matrix import Layout, paper_layout, reshard, sharding_of
+from ._checks import Scalar, check_decay, check_integer, check_not_negative, check_width
+from ._matrix import Layout, divisor, paper_layout, reshard, sharding_of
 from ._tree import at_least_float32, is_none, name_hash, named_leaves, to_entries, to_trees, unboxed
 
 
@@ -92,7 +92,8 @@ def scale_by_umtam(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescale updates by the published algorithm, Algorithm 1 of arXiv 2512.17109.
 
-    The equations stand at the head of this module's source and in :func:`umtam`. Faithful means:
+    The update is :math:`P \odot U \Sigma V^T` of the equations of :func:`umtam`, and the saliency
+    :math:`S \leftarrow \alpha S + (1 - \alpha) (W - W_0)^2 \odot \sqrt{R C^T}`. Faithful means:
     dense E, S and W0, about 1.5 times AdamW's state; a full SVD of every matrix at every step,
     ``O(m n min(m, n))`` operations, for which a sharded matrix is gathered; and no bias correction
     of R, C or the momentum (which starts as eps times a random matrix), so that early steps are up
@@ -109,16 +110,23 @@ def scale_by_umtam(
       alpha: Decay of the saliency, in [0, 1).
       grad_clip: Largest norm of each leaf's gradient.
       learning_rate: The rate (or schedule) that the chain applies later on. The saliency is made of
-        the weights after the step, and needs it; with 0 it sees the weights before the step.
-      weight_decay: The decay that the chain applies later on, for the same reason.
+        the weights after the step, and needs it; with 0, for want of it, of those before the step:
+        a rate that is not the chain's would put it at weights that never were. It touches no step,
+        save through ``weight_decay``.
+      weight_decay: The decay that the chain applies later on, for the same reason. Published is
+        :math:`\epsilon_t` with the norm of the decayed weights, so with both the rate enters a
+        step, by a relative change of eps_t of their product.
       seed: Seed of the random initial U and V.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose update needs the params.
 
     Raises:
-      ValueError: rank < 1, a decay outside [0, 1), a negative eps or grad_clip, params missing.
-      TypeError: rank is not a Python integer (name it in ``static_args`` of inject_hyperparams).
+      ValueError: rank < 1, a decay outside [0, 1), a negative eps, grad_clip or weight_decay,
+        params missing.
+      TypeError: rank is not a Python integer (name it in ``static_args`` of inject_hyperparams), or
+        a decay or eps is an array of a type narrower than float32, in which 0.999 is 1 (give
+        inject_hyperparams ``hyperparam_dtype=jnp.float32``).
 
     Example:
       >>> import jax.numpy as jnp, optax_moma as om
@@ -133,8 +141,10 @@ def scale_by_umtam(
     rank = check_integer("rank", rank, lowest=1)
     for name, decay in (("b1", b1), ("b2", b2), ("gamma", gamma), ("alpha", alpha)):
         check_decay(name, decay)
+    check_width("eps", eps)
     check_not_negative("eps", eps)
     check_not_negative("grad_clip", grad_clip)
+    check_not_negative("weight_decay", weight_decay)
 
     def init_leaf(name: str, leaf: Any) -> _Matrix | _Dense | None:
         if leaf is None:
@@ -173,7 +183,7 @@ def scale_by_umtam(
 
         W = W * (1 - rate * weight_decay)
         norm, W_norm = jnp.linalg.norm(G), jnp.linalg.norm(W)
-        G = G * jnp.minimum(1, grad_clip / jnp.where(norm > 0, norm, 1))
+        G = G * jnp.minimum(1, grad_clip / divisor(norm))
         M = b1 * (U * s) @ V.T + (1 - b1) * G + gamma * E
         u, d, vt = jnp.linalg.svd(M, full_matrices=False)
         r = s.shape[0]
@@ -185,11 +195,11 @@ def scale_by_umtam(
         E = jnp.where(jnp.any(found[r:]), M - low, 0)
         R = moments.ema(R, moments.row_sums(jnp.square(G)), b2)
         C = moments.ema(C, moments.col_sums(jnp.square(G)), b2)
-        growth = jnp.where(W_norm > eps, jnp.maximum(1, norm / jnp.where(W_norm > 0, W_norm, 1)), 1)
+        growth = jnp.where(W_norm > eps, jnp.maximum(1, norm / divisor(W_norm)), 1)
         v = R[:, None] * C / (jnp.sum(R) + eps)
         # A gradient that is zero everywhere leaves low = 0 over v = 0 when eps is 0.
         floor = v + eps * growth
-        step = jnp.where(floor > 0, low * jax.lax.rsqrt(jnp.where(floor > 0, floor, 1)), 0)
+        step = jnp.where(floor > 0, low * jax.lax.rsqrt(divisor(floor)), 0)
         step, E, H = (layout.from_matrix(x, g) for x in (step, E, jnp.sqrt(R[:, None] * C)))
         moved = w.astype(wide) * (1 - rate * weight_decay) - rate * step - W0
         S = moments.ema(S, jnp.square(moved) * H, alpha)
@@ -198,12 +208,12 @@ def scale_by_umtam(
     def dense_step(g: jax.Array, state: _Dense, count: jax.Array) -> tuple[jax.Array, _Dense]:
         G = g.astype(at_least_float32(g.dtype))
         norm = jnp.sqrt(jnp.sum(jnp.square(jnp.abs(G))))
-        G = G * jnp.minimum(1, grad_clip / jnp.where(norm > 0, norm, 1))
+        G = G * jnp.minimum(1, grad_clip / divisor(norm))
         mu = moments.ema(state.mu, G, b1)
         nu = moments.ema(state.nu, jnp.square(jnp.abs(G)), b2)
         t = (count + 1).astype(nu.dtype)
         root = jnp.sqrt(nu / (1 - jnp.asarray(b2, nu.dtype) ** t)) + eps
-        step = mu / (1 - jnp.asarray(b1, nu.dtype) ** t) / jnp.where(root > 0, root, 1)
+        step = mu / (1 - jnp.asarray(b1, nu.dtype) ** t) / divisor(root)
         return step.astype(g.dtype), _Dense(mu, nu)
 
     def update(
@@ -262,6 +272,10 @@ def umtam(
         W &\leftarrow W (1 - \eta \lambda) - \eta\, U \Sigma V^T \odot
         \big(R_i C_j / (\textstyle\sum R + \epsilon) + \epsilon_t\big)^{-1/2}
 
+    with G the gradient of the leaf clipped to norm ``grad_clip``, R and C the moving averages of
+    the row and column sums of G^2, and :math:`\epsilon_t = \epsilon \max(1, \lVert G_{unclipped}
+    \rVert / \lVert W \rVert)`.
+
     What it costs: about 1.5 times AdamW's state and a full SVD of every matrix at every step; see
     :func:`scale_by_umtam`. With gamma = b1 and full rank, M + E is the dense moving average.
 
@@ -282,7 +296,8 @@ def umtam(
 
     Raises:
       ValueError: An argument out of its range, or params missing in update.
-      TypeError: rank is not a Python integer.
+      TypeError: rank is not a Python integer, or a decay or eps is an array of a type narrower than
+        float32; see :func:`scale_by_umtam`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, optax_moma as om

@@ -57,8 +57,8 @@ import optax
 from jax.core import Tracer
 from jax.tree_util import Partial
 
-from ._checks import check_finite, check_not_negative
-from ._tree import at_least_float32, leaves_like, named_leaves
+from ._checks import check_finite, check_not_negative, check_positive
+from ._tree import at_least_float32, fitting_leaves, named_leaves
 from .merging import _metric
 from .merging._contract import Contract
 from .merging._input_grams import checked_batches
@@ -123,7 +123,7 @@ def _expanded(apply: Any, base: Tree, params: Tree, *args: Any, **kwargs: Any) -
 
 def _expanded_with_aux(apply: Any, base: Tree, params: Tree, *args: Any, **kwargs: Any) -> Any:
     treedef, fixed = jax.tree.structure(base), jax.tree.leaves(base)
-    leaves = _fitting_leaves("base", base, "params", params)
+    leaves = fitting_leaves("base", base, "params", params)
     moves = [i for i, w0 in enumerate(fixed) if _is_inexact(w0)]
     at = [jnp.asarray(fixed[i]) for i in moves]
     along = [_difference(leaves[i], w0) for i, w0 in zip(moves, at, strict=True)]
@@ -209,7 +209,7 @@ def correct(
         raise ValueError(f"distance must be 'l1' or 'l2', got {distance!r}.")
     for argument, tree in (("params", params), ("target", target)):
         check_finite(argument, _learnable(tree))
-    _fitting_leaves("params", params, "target", target)
+    fitting_leaves("params", params, "target", target)
     learned = _learnable(params, trainable)
     if not jax.tree.leaves(learned):
         raise ValueError(
@@ -305,7 +305,7 @@ def correct_linear(
     Source: the closed-form counterpart of :func:`correct`, ours; Hoerl and Kennard, "Ridge
     Regression", 1970.
     """
-    check_not_negative("strength", strength)
+    check_positive("strength", strength)
     kernel, hidden, target = (jnp.asarray(x) for x in (kernel, hidden, target))
     shapes = f"kernel {kernel.shape}, hidden {hidden.shape} and target {target.shape}"
     if kernel.ndim != 2 or hidden.ndim < 1 or hidden.shape[:-1] != target.shape[:-1]:
@@ -390,7 +390,7 @@ def ewc(
 
 
 def _penalty(base: Tree, curvature: list[Any], strength: Any, params: Tree) -> jax.Array:
-    leaves = _fitting_leaves("base", base, "params", params)
+    leaves = fitting_leaves("base", base, "params", params)
     total = jnp.zeros(())
     for w, w0, v in zip(leaves, jax.tree.leaves(base), curvature, strict=True):
         if is_float(w0):
@@ -500,16 +500,3 @@ def _merged_leaves(tree: Tree, some: Tree) -> Tree:
     treedef = jax.tree.structure(tree)
     columns = jax.tree.leaves(tree), treedef.flatten_up_to(some)
     return treedef.unflatten([a if b is None else b for a, b in zip(*columns, strict=True)])
-
-
-def _fitting_leaves(reference: str, like: Tree, argument: str, tree: Tree) -> list[Any]:
-    """The leaves of a tree that must have the structure and the shapes of another."""
-    names, leaves = named_leaves(like)
-    found = leaves_like(jax.tree.structure(like), reference, argument, tree)
-    for name, x, y in zip(names, leaves, found, strict=True):
-        if np.shape(x) != np.shape(y):
-            raise ValueError(
-                f"leaf {name!r} has shape {np.shape(x)} in {reference} and {np.shape(y)} in"
-                f" {argument}: pass trees of one model."
-            )
-    return found

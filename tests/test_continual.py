@@ -238,8 +238,9 @@ def test_ridge_between_the_merge_and_least_squares():
         ({"kernel": draw(2, 6, 3)}, r"a kernel \(fan-in, fan-out\)"),
         ({"hidden": draw(0, 6), "target": draw(0, 3)}, "no example"),
         ({"target": np.full((5, 3), np.nan)}, "not finite at 'target'"),
-        ({"strength": -1.0}, "strength must not be negative"),
-        ({"hidden": np.ones((5, 6), np.float32), "strength": 0.0}, "take more"),
+        ({"strength": -1.0}, "strength must be positive"),
+        ({"strength": 0.0}, "strength must be positive"),  # H^T H would be invertible
+        ({"hidden": np.ones((5, 6), np.float32), "strength": jnp.array(0.0)}, "take more"),
     ],
 )
 def test_faulty_ridges(change, message):

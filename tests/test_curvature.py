@@ -65,6 +65,7 @@ OPTIMIZERS = {
     "umtam": (lambda: om.umtam(1e-3, 2, b2=B2), lambda grads: factored_moments(grads, 1e-8)),
     "adam": (lambda: optax.adam(1e-3, b2=B2), dense_moments),
     "adamw": (lambda: optax.adamw(1e-3, b2=B2), dense_moments),
+    "rmsprop": (lambda: optax.rmsprop(1e-3, decay=B2, bias_correction=True), dense_moments),
     "adafactor": (
         lambda: optax.adafactor(1e-3, min_dim_size_to_factor=8, decay_rate=0.8),
         adafactor_moments,
@@ -277,6 +278,37 @@ def test_of_leaves_with_more_axes():
     del grads["named"], expected["named"]
     by_default = train(om.moma(1e-3, 2, min_dim_size_to_factor=8), [grads], grads)
     assert_curvature(om.curvature_from(by_default, grads), expected)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.nadam(1e-3, b2=B2),
+        optax.radam(1e-3, b2=B2),
+        optax.amsgrad(1e-3, b2=B2),
+        optax.lamb(1e-3, b2=B2),
+        optax.rmsprop(1e-3, decay=B2, centered=True, bias_correction=True),
+        optax.contrib.ademamix(1e-3, b2=B2),
+        optax.contrib.schedule_free_adamw(1e-3, b2=B2),
+    ],
+    ids=["nadam", "radam", "amsgrad", "lamb", "centred rmsprop", "ademamix", "schedule-free"],
+)
+def test_optimizers_with_the_second_moment_of_adam(tx):
+    assert_curvature(read(train(tx)), dense_moments(GRADS))
+
+
+@pytest.mark.parametrize(
+    ("tx", "name"),
+    [
+        (optax.adabelief(1e-3, b2=B2), "ScaleByBeliefState"),
+        (optax.novograd(1e-3, b2=B2), "ScaleByNovogradState"),
+        (optax.rmsprop(1e-3, decay=B2), "ScaleByRmsState"),
+    ],
+    ids=["adabelief", "novograd", "rmsprop without count"],
+)
+def test_other_moments_under_its_names_are_refused(tx, name):
+    with pytest.raises(ValueError, match=rf"no curvature found in opt_state.*{name}"):
+        read(train(tx))
 
 
 def test_before_the_first_step_it_is_next_to_nothing(optimizer):

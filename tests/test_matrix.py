@@ -28,7 +28,12 @@ VIEWS = [
     ((2, 3, 4), None, 1, (0, 1, 2), (2, 3, 4)),  # a stack of layers
     ((8, 2, 4), None, 8, (0, 1, 2), (8, 8)),  # (d, heads, hd)
     ((2, 4, 8), None, 8, (0, 1, 2), (8, 8)),  # (heads, hd, d)
-    ((3, 3, 4, 32), None, 8, (0, 1, 2, 3), (36, 32)),  # a convolution's kernel
+    ((3, 3, 4, 32), None, 8, (0, 1, 2, 3), (3, 12, 32)),  # a convolution's kernel
+    ((5, 8, 2, 4), None, 8, (0, 1, 2, 3), (5, 8, 8)),  # layers of (d, heads, hd)
+    ((5, 2, 4, 8), None, 8, (0, 1, 2, 3), (5, 8, 8)),  # layers of (heads, hd, d)
+    ((5, 2, 8, 9), None, 8, (0, 1, 2, 3), (5, 2, 8, 9)),  # layers of experts
+    ((2, 2, 2, 4), None, 4, (0, 1, 2, 3), (2, 4, 4)),
+    ((2, 2, 2, 2), None, 4, (0, 1, 2, 3), (4, 4)),  # a stack of two would be too small
     ((3, 3, 4, 9), Axes((0, 1, 2), 3), 1, (0, 1, 2, 3), (36, 9)),
     ((5, 2, 4), Axes(0, (1, 2)), 1, (0, 1, 2), (5, 8)),
     ((5, 2, 4), Axes(0, (2, 1)), 1, (0, 2, 1), (5, 8)),
@@ -45,6 +50,32 @@ def test_to_matrix_and_back(shape, numbers, smallest, order, matrix):
     expected = np.transpose(np.asarray(x), order).reshape(matrix)
     np.testing.assert_array_equal(layout.to_matrix(x), expected)
     np.testing.assert_array_equal(layout.from_matrix(layout.to_matrix(x), x), x)
+
+
+# The table in the docstring of scale_by_moma: a leaf, its view without numbers, and with them.
+D, L, M, N = 1024, 24, 256, 512
+TABLE = [
+    ((M, N), (M, N), Axes(0, 1), (M, N)),
+    ((L, M, N), (L, M, N), Axes(1, 2), (L, M, N)),
+    ((D, 12, 64), (D, 768), Axes(0, (1, 2)), (D, 768)),
+    ((L, D, 12, 64), (L, D, 768), Axes(1, (2, 3)), (L, D, 768)),
+    ((D, 128, 128), (D, 128, 128), Axes(0, (1, 2)), (D, 128 * 128)),
+    ((12, 64, D), (768, D), Axes((0, 1), 2), (768, D)),
+    ((16, 128, D), (16, 128, D), Axes((0, 1), 2), (16 * 128, D)),
+    ((L, 12, 64, D), (L, 768, D), Axes((1, 2), 3), (L, 768, D)),
+    ((L, 8, M, N), (L, 8, M, N), Axes(2, 3), (L, 8, M, N)),
+    ((3, 3, M, N), (3, 3, M, N), Axes((0, 1, 2), 3), (9 * M, N)),
+]
+
+
+@pytest.mark.parametrize(("shape", "by_rule", "numbers", "named"), TABLE)
+def test_views_of_the_leaves_of_models(shape, by_rule, numbers, named):
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    assert layout_of(x, None, 128).matrix_shape == by_rule
+    assert layout_of(x, numbers, 128).matrix_shape == named
+    # Whatever the smallest size was, curvature_from finds the view among these.
+    views = [layout.matrix_shape for layout in _matrix.default_layouts(x)]
+    assert by_rule in views and len({len(view) for view in views}) == len(views)
 
 
 @pytest.mark.parametrize(("shape", "numbers", "smallest", "order", "matrix"), VIEWS)
@@ -107,6 +138,11 @@ def test_an_error_of_dimension_numbers_names_the_leaf():
     params = {"block": {"attention": leaf(3, 4), "heads": leaf(3, 4, 5)}}
     with pytest.raises(ValueError, match="block/attention"):
         _matrix.layouts(params, Axes(0, 2), 1)
+
+
+def test_a_tree_without_leaves_fits_any_numbers():
+    for numbers in ({"w": Axes(0, 1)}, lambda params: params["w"]):
+        assert _matrix.layouts({}, numbers, 1) == []
 
 
 def test_one_spec_serves_a_whole_model():

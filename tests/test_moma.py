@@ -293,10 +293,14 @@ def stacked_start(tx, grads, state):
     return [tx.init(grads)._replace(V=V) for V in state.V]
 
 
+@pytest.mark.parametrize("clip_rms", [1.0, 0.3], ids=["default clip", "clip"])
 @pytest.mark.parametrize("error_dtype", [None, jnp.int8])
-def test_a_stack_is_its_layers(error_dtype):
+def test_a_stack_is_its_layers(error_dtype, clip_rms):
+    """Clipped one by one, too: of the first the gradients have rank one, which is cut further."""
     grads = draws(3, 8, 11)
-    settings = {"clip_rms": np.inf, "error_dtype": error_dtype, "min_dim_size_to_factor": 8}
+    for g in grads:
+        g[0] = g[0, :, :1] * g[0, :1]
+    settings = {"error_dtype": error_dtype, "clip_rms": clip_rms, "min_dim_size_to_factor": 8}
     tx = om.scale_by_moma(2, **settings)
     start = tx.init(grads[0])
     together, state = run(tx, grads)
@@ -308,11 +312,15 @@ def test_a_stack_is_its_layers(error_dtype):
         assert_close(state.saliency_row[i], layer.saliency_row)
 
 
-def test_a_stack_is_clipped_as_one_leaf():
+@pytest.mark.parametrize("error_dtype", [None, jnp.float32])
+def test_every_matrix_of_a_stack_is_clipped_by_its_own_rms(error_dtype):
     (g,) = draws(3, 8, 11, steps=1)
-    free, _ = run(om.scale_by_moma(2, clip_rms=np.inf, min_dim_size_to_factor=8), [g])
-    clipped, _ = run(om.scale_by_moma(2, clip_rms=0.1, min_dim_size_to_factor=8), [g])
-    assert_close(clipped[0], np.asarray(free[0]) * 0.1 / rms(free[0]))
+    settings = {"error_dtype": error_dtype, "min_dim_size_to_factor": 8}
+    (free,), _ = run(om.scale_by_moma(2, clip_rms=np.inf, **settings), [g])
+    (clipped,), _ = run(om.scale_by_moma(2, clip_rms=0.1, **settings), [g])
+    assert len({round(rms(layer), 3) for layer in free}) == 3  # else one factor would do
+    for layer, own in zip(clipped, np.asarray(free), strict=True):
+        assert_close(layer, own * 0.1 / rms(own))
 
 
 VIEWS = {
@@ -381,6 +389,40 @@ def test_rows_without_gradients_stay(eps):
     for update in updates:
         assert np.all(np.isfinite(update)) and not np.any(np.asarray(update)[[1, 5]])
     assert np.all(np.abs(np.asarray(updates[-1])[[0, 2, 3]]).max(axis=1) > 0.1)
+
+
+# Numbers that are too large
+
+
+@pytest.mark.parametrize("shape", [(7,), (8, 11), (2, 8, 11)], ids=["vector", "matrix", "stack"])
+def test_a_square_that_overflows_stops_nothing_but_what_it_is_counted_in(shape):
+    """A finite gradient of 1e20: its row and column stand still, or its entry; the rest goes on."""
+    tx = om.scale_by_moma(3, min_dim_size_to_factor=8, clip_rms=np.inf)
+    grads = draws(*shape, steps=40)  # until the momentum of the time before is gone
+    grads[4][(0,) * len(shape)] = 1e20
+    updates, state = run(tx, grads)
+    rest = (..., *[slice(1, None)] * min(len(shape), 2))
+    for update in updates:
+        assert np.all(np.isfinite(update))
+        assert np.min(np.mean(np.abs(update[rest]), axis=(-1, -2)[: len(shape)])) > 0.1
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state._replace(R=0, C=0, nu=0)))
+    if len(shape) == 1:
+        assert not np.any([update[0] for update in updates[4:]])
+        without, _ = run(tx, [g[1:] for g in grads])
+        for update, expected in zip(updates, without, strict=True):
+            assert_close(update[1:], expected, 1e-4)
+
+
+def test_a_gradient_that_is_not_finite_takes_its_leaf_along():
+    """As scale_by_moma says; apply_if_finite is what helps."""
+    grads = [{"w": w, "b": b} for w, b in zip(draws(8, 11), draws(5), strict=True)]
+    grads[2]["w"][0, 0] = np.inf
+    updates, _ = run(RANK_3, grads)
+    assert np.all(np.isnan(updates[-1]["w"])) and np.all(np.isfinite(updates[-1]["b"]))
+    guarded = optax.apply_if_finite(RANK_3, 1)
+    updates, _ = run(guarded, grads)
+    without, _ = run(RANK_3, grads[:2] + grads[3:])
+    assert_close(updates[-1]["w"], without[-1]["w"])
 
 
 # Types
@@ -478,6 +520,10 @@ BAD = [
     ({"residual": -1}, ValueError, "residual"),
     ({"clip_spectral": -1.0}, ValueError, "clip_spectral"),
     ({"clip_rms": -1.0}, ValueError, "clip_rms"),
+    ({"b1": jnp.bfloat16(0.9)}, TypeError, "b1"),
+    ({"b2": jnp.float16(0.999)}, TypeError, "b2"),
+    ({"b2": np.float16(0.999)}, TypeError, "b2"),
+    ({"eps": jnp.float16(1e-8)}, TypeError, "eps"),
     ({"error_dtype": jnp.int16}, ValueError, "error_dtype"),
     ({"error_dtype": "no type"}, (TypeError, ValueError), "error_dtype"),
 ]
@@ -488,6 +534,14 @@ def test_bad_arguments_are_named(kwargs, error, name):
     for factory in (om.scale_by_moma, lambda **kwargs: om.moma(1e-3, **kwargs)):
         with pytest.raises(error, match=rf"\b{name}\b"):
             factory(**kwargs)
+
+
+@pytest.mark.parametrize("alias", [om.moma, om.umtam])
+def test_the_decay_of_weights_is_checked(alias):
+    with pytest.raises(ValueError, match="weight_decay must not be negative"):
+        alias(1e-3, weight_decay=-0.1)
+    with pytest.raises(TypeError, match="weight_decay must be a number"):
+        alias(1e-3, weight_decay="0.1")
 
 
 @pytest.mark.parametrize("rank", [np.int64(2), 2])

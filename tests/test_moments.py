@@ -80,6 +80,23 @@ def test_dense_inverse_root(scale):
     np.testing.assert_allclose(found, ((v + 0.1 * v.mean()) / 0.25) ** -0.5, rtol=1e-5)
 
 
+def test_infinite_moments_are_those_of_entries_without_a_step():
+    """The others step as if these had had no gradient."""
+    v = V.copy()
+    v[2] = v[:, 1] = 0
+    R, C = sums(v)
+    expected = moments.inverse_root(R, C, 0.5, 1e-8)
+    p, q = moments.inverse_root(R.at[2].set(jnp.inf), C.at[1].set(jnp.inf), 0.5, 1e-8)
+    assert p[2] == 0 and q[1] == 0
+    others = np.arange(7) != 2, np.arange(5) != 1
+    np.testing.assert_array_equal(p[others[0]], expected[0][others[0]])
+    np.testing.assert_array_equal(q[others[1]], expected[1][others[1]])
+    root = moments.dense_inverse_root(C.at[1].set(jnp.inf), 0.5, 1e-8)
+    expected = moments.dense_inverse_root(C, 0.5, 1e-8)
+    assert root[1] == 0
+    np.testing.assert_array_equal(root[others[1]], expected[others[1]])
+
+
 def test_estimate_keeps_the_row_and_column_sums():
     """Of all rank-one matrices this one has the sums of the average itself."""
     (layout,) = layouts(jnp.zeros(V.shape), None, 1)

@@ -136,6 +136,50 @@ def test_bytes_by_field_for_parameters_with_attributes():
     assert om.state_size(tx, named) == om.state_size(tx, named._asdict())
 
 
+class Gaussian(NamedTuple):
+    """Leaves that are called as the state's own fields are."""
+
+    mu: Any
+    count: Any
+
+
+@pytest.mark.parametrize("error_dtype", [None, jnp.int8])
+@pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: optax.MultiSteps(tx, 2)])
+@pytest.mark.parametrize(
+    "params",
+    [
+        [TREE["kernel"], TREE["bias"]],
+        (TREE["kernel"], TREE["bias"], TREE["stack"]),
+        Gaussian(TREE["kernel"], TREE["bias"]),
+        TREE["kernel"],
+    ],
+    ids=["list", "tuple", "NamedTuple", "bare"],
+)
+def test_bytes_by_field_whatever_the_parameters_are_called(params, wrap, error_dtype):
+    """A chain's state is a tuple: its first link is not the first parameter."""
+    plain = dict(enumerate(jax.tree.leaves(params)))
+    tx = wrap(om.moma(1e-3, 2, min_dim_size_to_factor=8, error_dtype=error_dtype))
+    found, expected = (om.state_size(tx, tree) for tree in (params, {"tree": plain}))
+    assert found.by_field == expected.by_field
+    assert list(found.matrices.values()) == list(expected.matrices.values())
+
+
+def test_views_of_the_factored_leaves():
+    """What the rule made of each; the others are kept entry by entry."""
+    params = {
+        "layers": {"query": array(3, 16, 2, 4), "up": array(3, 16, 8), "bias": array(3, 8)},
+        "kernel": array(12, 8),
+        "small": array(12, 4),
+    }
+    views = {"kernel": (12, 8), "layers/query": (3, 16, 8), "layers/up": (3, 16, 8)}
+    tx = optax.chain(optax.clip(1.0), om.moma(1e-3, 2, min_dim_size_to_factor=8))
+    assert om.state_size(tx, params).matrices == views
+    umtam = {"kernel": (12, 8), "small": (12, 4), "layers/bias": (3, 8)}
+    umtam |= {"layers/query": (3, 128), "layers/up": (3, 128)}
+    assert om.state_size(om.umtam(1e-3, 2), params).matrices == umtam
+    assert om.state_size(optax.adamw(1e-3), params).matrices == {}
+
+
 def test_state_size_makes_no_array():
     size = om.state_size(om.moma(1e-3), {"w": array(10**6, 10**6)})  # 4 TB
     assert size.total_bytes == 4 * (34 * 2 * 10**6 + 32) + 12
@@ -292,6 +336,32 @@ def test_what_lies_as_its_parameter_does_not_spread():
     )
     for spec in (adamw.mu["w"], adamw.nu["w"], moma_state.error["w"].values):
         assert_specs(spec, specs["w"])
+
+
+@pytest.mark.parametrize("box", [list, Gaussian._make], ids=["list", "NamedTuple"])
+def test_a_state_spreads_by_the_paths_of_its_parameters(box):
+    """In a list, and in a NamedTuple whose fields are called as the state's."""
+    params, specs = (box([x["kernel"], x["bias"]]) for x in (SHAPES, SPECS))
+    state, *_ = om.state_partition_specs(moma(), params, specs, spread_over=MESH_4X2)
+    assert_specs((state.U[0], state.C[0]), (SPREAD_ROWS["kernel"], SPREAD_COLS["kernel"]))
+    assert_specs((state.mu[1], state.count, state.mu_weight), (SPECS["bias"], P(), P()))
+
+
+def test_the_scales_of_an_int8_error_are_whole_along_its_rows():
+    """6 blocks do not lie over 4 devices, nor does a block end where a device does."""
+    params, specs = {"w": array(512, 768)}, {"w": P("tensor", "fsdp")}
+    tx = om.moma(1e-3, 2, error_dtype=jnp.int8)
+    error = om.state_partition_specs(tx, params, specs)[0].error["w"]
+    assert_specs((error.values, error.scale), (P("tensor", "fsdp"), P("tensor")))
+    error = om.state_partition_specs(tx, params, specs, spread_over=MESH_4X2)[0].error["w"]
+    assert_specs((error.values, error.scale), (P("tensor", "fsdp"), P(("tensor", "fsdp"))))
+
+
+def test_a_leaf_that_is_none_has_no_specs():
+    params, specs = SHAPES | {"absent": None}, SPECS | {"absent": None}
+    found, *_ = om.state_partition_specs(moma(), params, specs, spread_over=MESH_4X2)
+    assert jax.tree.structure(found) == jax.tree.structure(jax.eval_shape(moma().init, params)[0])
+    assert_specs(found.R["kernel"], SPREAD_ROWS["kernel"])
 
 
 def test_specs_of_a_replicated_model():

@@ -131,10 +131,15 @@ def test_twenty_steps_are_those_published(x64, grad_clip):
 
 
 def test_the_rate_that_saliency_is_told_touches_no_step():
+    """But through weight_decay, as published: eps_t goes by the norm of the decayed weights."""
     params, *grads = draws((6, 9), 6, np.float32)
-    plain, _, _ = run(om.scale_by_umtam(rank=2), jnp.asarray(params), grads[:4])
-    told, _, _ = run(om.scale_by_umtam(rank=2, learning_rate=0.3), jnp.asarray(params), grads[:1])
-    np.testing.assert_allclose(told[0], plain[0], rtol=1e-6)
+    steps = lambda **told: run(om.scale_by_umtam(2, eps=1e-2, **told), jnp.asarray(params), grads)
+    (plain, _, start), (told, _, end) = steps(), steps(learning_rate=0.3)
+    for a, b in zip(told, plain, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+    assert np.any(end.saliency != start.saliency)
+    decayed, *_ = steps(learning_rate=0.3, weight_decay=1.0)
+    assert np.max(np.abs(np.asarray(decayed[0]) / plain[0] - 1)) > 1e-3
 
 
 @pytest.mark.parametrize("rank", [2, 6], ids=["low rank", "full rank"])
@@ -218,6 +223,10 @@ BAD = [
     ({"alpha": -1}, ValueError, "alpha"),
     ({"eps": -1e-8}, ValueError, "eps"),
     ({"grad_clip": -1.0}, ValueError, "grad_clip"),
+    ({"weight_decay": -0.1}, ValueError, "weight_decay"),
+    ({"b2": jnp.bfloat16(0.999)}, TypeError, "b2"),
+    ({"alpha": jnp.float16(0.99)}, TypeError, "alpha"),
+    ({"eps": jnp.float16(1e-8)}, TypeError, "eps"),
 ]
 
 
@@ -236,14 +245,16 @@ def test_params_are_needed():
 
 
 def test_traced_numbers_are_not_checked():
-    params = jnp.ones((3, 4))
+    params = jnp.asarray(draws((3, 4), 0, np.float32)[0])
 
     @jax.jit
     def step(b1, gamma):
         tx = om.scale_by_umtam(2, b1, gamma=gamma)
         return tx.update(params, tx.init(params), params)[0]
 
-    np.testing.assert_allclose(step(0.9, 0.9), jax.jit(step.__wrapped__)(0.9, 0.9))
+    tx = om.scale_by_umtam(2, 0.8, gamma=0.7)
+    assert_close(step(0.8, 0.7), tx.update(params, tx.init(params), params)[0], 1e-5)
+    assert np.any(step(0.8, 0.7) != step(0.9, 0.7))
     assert step(1.5, -2.0).shape == (3, 4)
 
 

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from .._curvature import dense, shape_of
-from .._matrix import nonzero
+from .._matrix import divisor
 from .._moments import Factored
-from .._tree import at_least_float32, leaves_like, named_leaves, unboxed
+from .._tree import fitting_leaves, unboxed, wide
 
 Tree = Any
 
@@ -124,14 +124,14 @@ def cka(x: jax.Array, y: jax.Array) -> jax.Array:
             f"cka takes features of shapes (examples, p) and (examples, q), got {x.shape} and"
             f" {y.shape}: flatten what has more axes."
         )
-    X, Y = (_centred(a.astype(at_least_float32(a.dtype))) for a in (x, y))
+    X, Y = (_centred(wide(a)) for a in (x, y))
     cross, own_x, own_y = (_norm_of_product(a, b) for a, b in ((X, Y), (X, X), (Y, Y)))
-    return cross**2 / nonzero(own_x * own_y)
+    return cross**2 / divisor(own_x * own_y)
 
 
 def _centred(x: jax.Array) -> jax.Array:
     x = x - jnp.mean(x, axis=0)
-    return x / nonzero(jnp.max(jnp.abs(x)))
+    return x / divisor(jnp.max(jnp.abs(x)))
 
 
 def _norm_of_product(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -140,25 +140,24 @@ def _norm_of_product(x: jax.Array, y: jax.Array) -> jax.Array:
 
 @jax.jit
 def _drift(base: jax.Array, params: jax.Array) -> jax.Array:
-    wide = base.astype(at_least_float32(base.dtype))
-    return jnp.linalg.norm((params.astype(wide.dtype) - wide).ravel()) / nonzero(
-        jnp.linalg.norm(wide.ravel())
-    )
+    w0 = wide(base)
+    moved = jnp.linalg.norm((params.astype(w0.dtype) - w0).ravel())
+    return moved / divisor(jnp.linalg.norm(w0.ravel()))
 
 
 @jax.jit
 def _conflict(base: jax.Array, *experts: jax.Array) -> jax.Array:
-    wide = base.astype(at_least_float32(base.dtype))
-    deltas = [expert.astype(wide.dtype) - wide for expert in experts]
+    w0 = wide(base)
+    deltas = [expert.astype(w0.dtype) - w0 for expert in experts]
     total = sum(jnp.sum(jnp.abs(d)) for d in deltas)
     lost = total - jnp.sum(jnp.abs(sum(deltas)))
-    return lost / nonzero(jnp.asarray(total))
+    return lost / divisor(jnp.asarray(total))
 
 
 @jax.jit
 def _overlap(*curvatures: Any) -> jax.Array:
     lengths = [jnp.sqrt(jnp.sum(dense(v))) for v in curvatures]
-    roots = [dense(v, 0.5) / nonzero(n) for v, n in zip(curvatures, lengths, strict=True)]
+    roots = [dense(v, 0.5) / divisor(n) for v, n in zip(curvatures, lengths, strict=True)]
     pairs = [jnp.sum(x * y) for x, y in combinations(roots, 2)]
     return sum(pairs[1:], pairs[0]) / len(pairs)
 
@@ -175,17 +174,9 @@ def _by_leaf(
     """``number`` of the leaves at each place of several trees that have the same ones."""
     first, others = unboxed(first), [unboxed(tree) for tree in others]
     is_leaf = lambda x: isinstance(x, Factored)  # noqa: E731
-    names, leaves = named_leaves(first, is_leaf=is_leaf)
-    treedef = jax.tree.structure(first, is_leaf=is_leaf)
+    leaves, treedef = jax.tree.flatten(first, is_leaf=is_leaf)
     columns = [
-        leaves_like(treedef, first_label, label, tree)
+        fitting_leaves(first_label, first, label, tree, is_leaf=is_leaf, shape_of=shape_of)
         for label, tree in zip(labels, others, strict=True)
     ]
-    for name, leaf, *rest in zip(names, leaves, *columns, strict=True):
-        for label, other in zip(labels, rest, strict=True):
-            if shape_of(leaf) != shape_of(other):
-                raise ValueError(
-                    f"leaf {name!r} has shape {shape_of(leaf)} in {first_label} and"
-                    f" {shape_of(other)} in {label}: pass trees of one model."
-                )
     return treedef.unflatten([number(*x) for x in zip(leaves, *columns, strict=True)])

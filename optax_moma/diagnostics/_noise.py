@@ -28,10 +28,10 @@ import optax
 
 from .._checks import Scalar, check_decay, check_finite, check_not_negative
 from .._curvature import sources
-from .._matrix import contract, nonzero, paper_layout
+from .._matrix import contract, divisor, paper_layout
 from .._moments import ema
 from .._quantize import Blocks, dequantize
-from .._tree import at_least_float32, unboxed
+from .._tree import wide
 
 
 class NoiseScale(NamedTuple):
@@ -119,6 +119,7 @@ def noise_scale(
     """
     _check(b1, b2, momentum, momentum_power)
     leaves = _leaves(opt_state, b1, b2)
+    _check_moments(leaves)
     check_finite(
         "opt_state", {name: (leaf.second, leaf.mean_square) for name, leaf in leaves.items()}
     )
@@ -171,7 +172,8 @@ def log_noise_scale(
       An ``optax.GradientTransformationExtraArgs``; its state has the last value as ``.noise``.
 
     Raises:
-      ValueError: ``tx`` keeps no first and second moments, or an argument is out of its range.
+      ValueError: ``tx`` keeps no first and second moments of params that have leaves, or an
+        argument is out of its range.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_moma as om
@@ -191,7 +193,8 @@ def log_noise_scale(
 
     def init(params: optax.Params) -> LogNoiseScaleState:
         inner = tx.init(params)
-        _leaves(inner, b1, b2)
+        if jax.tree.leaves(params):  # of Optax's placeholder there are no moments
+            _check_moments(_leaves(inner, b1, b2))
         zeros = [jnp.zeros((), jnp.float32) for _ in range(6)]
         return LogNoiseScaleState(inner, zeros[0], zeros[1], NoiseScale(*zeros[2:]))
 
@@ -203,6 +206,8 @@ def log_noise_scale(
     ) -> tuple[optax.Updates, optax.OptState]:
         updates, inner = tx.update(updates, state.inner, params, **extra_args)
         leaves = list(_leaves(inner, b1, b2).values())
+        if not leaves:
+            return updates, state._replace(inner=inner)
         second = _total([leaf.second for leaf in leaves])
         # Accumulation inside tx leaves the moments as they are on most calls.
         stepped = second != state.second
@@ -210,7 +215,7 @@ def log_noise_scale(
         square = jnp.where(stepped, ema(state.square, g_square, b1), state.square)
         count = leaves[0].steps
         rate = learning_rate(count - 1) if callable(learning_rate) else learning_rate
-        corrected = square / nonzero(leaves[0].weight)
+        corrected = square / divisor(leaves[0].weight)
         noise = _noise(leaves, rate, b1, momentum, momentum_power, corrected)
         new = LogNoiseScaleState(inner, second, square, noise)
         return updates, jax.tree.map(lambda x, y: jnp.asarray(x, y.dtype), new, state)
@@ -321,7 +326,7 @@ def _noise(
 ) -> NoiseScale:
     whole = _total([leaf.square for leaf in leaves])
     # What was measured for the sum over all leaves is spread as their second moments are.
-    ratio = 1 if square is None else square / nonzero(whole)
+    ratio = 1 if square is None else square / divisor(whole)
     excess = [_excess(ratio * x.square, x.mean_square, x.kappa, x.steps) for x in leaves]
     relative = [_excess(x.entries, x.share, x.kappa, x.steps) for x in leaves]
     variance, adaptive = (jnp.maximum(_total(x), 0) for x in (excess, relative))
@@ -343,7 +348,7 @@ def _excess(square: jax.Array, mean: jax.Array, kappa: jax.Array, steps: jax.Arr
 def _leaves(opt_state: Any, b1: Scalar, b2: Scalar) -> dict[str, _Leaf]:
     """The moments of every leaf for which some part of the state has both, by name."""
     found: dict[str, _Leaf] = {}
-    for kind, tables, scalars in sources(unboxed(getattr(opt_state, "opt_state", opt_state))):
+    for kind, tables, scalars in sources(opt_state):
         if kind == "adafactor":
             continue
         steps = jnp.asarray(scalars["count"])
@@ -351,7 +356,7 @@ def _leaves(opt_state: Any, b1: Scalar, b2: Scalar) -> dict[str, _Leaf]:
             jnp.asarray(scalars.get(recorded, 1 - decay ** steps.astype(jnp.float32)))
             for recorded, decay in (("mu_weight", b1), ("nu_weight", b2))
         )
-        w2, kappa = nonzero(w2), (1 - b1) / (1 + b1) * (2 - w1) / nonzero(w1)
+        w2, kappa = divisor(w2), (1 - b1) / (1 + b1) * (2 - w1) / divisor(w1)
         mu, nu = tables.get("mu", {}), tables.get("nu", {})
         for name in (mu.keys() & nu.keys()) - found.keys():
             sums = _dense_sums(mu[name], nu[name], w1, w2)
@@ -367,23 +372,26 @@ def _leaves(opt_state: Any, b1: Scalar, b2: Scalar) -> dict[str, _Leaf]:
                 # Of the average's own noise next to nothing lies in a few directions.
                 inside = jnp.where(error is None and rank < min(m, n), 0.0, kappa)
             found[name] = _Leaf(*sums, inside, steps, w1)
-    if not found:
+    return {name: found[name] for name in sorted(found)}
+
+
+def _check_moments(leaves: Mapping[str, _Leaf]) -> None:
+    if not leaves:
         raise ValueError(
             "opt_state holds no first and second moments of a gradient, from which its noise could"
             " be told. They are in the states of moma, umtam, Adam and AdamW; Adafactor has no"
             " momentum and SGD no second moment: two_batch_noise needs neither."
         )
-    return {name: found[name] for name in sorted(found)}
 
 
 def _dense_sums(mu: Any, nu: Any, w1: jax.Array, w2: jax.Array) -> _Sums:
-    m, v = _wide(mu) / nonzero(w1), _wide(nu)
+    m, v = wide(mu) / divisor(w1), wide(nu)
     return _sums(jnp.sum(v), jnp.square(jnp.abs(m)), v / w2, w2)
 
 
 def _sums(second: jax.Array, m_square: jax.Array, v: jax.Array, w2: jax.Array) -> _Sums:
     known = v > 0
-    share = jnp.sum(jnp.where(known, m_square / nonzero(v), 0))
+    share = jnp.sum(jnp.where(known, m_square / divisor(v), 0))
     return second, second / w2, jnp.sum(m_square), jnp.sum(known, dtype=jnp.float32), share
 
 
@@ -391,9 +399,9 @@ def _moma_sums(
     part: Mapping[str, Any], error: jax.Array | None, w1: jax.Array, w2: jax.Array
 ) -> _Sums:
     """With M = U s V^T the momentum of P * g, P^-2 = v = row col: ||m||^2 = sum v_ij M_ij^2."""
-    U, s, V, R, C = (_wide(part[field]) for field in ("U", "s", "V", "R", "C"))
-    row, col = R / nonzero(jnp.sum(R, axis=-1, keepdims=True)), C / w2
-    s = s / nonzero(w1)
+    U, s, V, R, C = (wide(part[field]) for field in ("U", "s", "V", "R", "C"))
+    row, col = R / divisor(jnp.sum(R, axis=-1, keepdims=True)), C / w2
+    s = s / divisor(w1)
     live = [jnp.sum(x > 0, axis=-1, dtype=jnp.float32) for x in (R, C)]
     if error is None:
         left = contract("mr,ms->rs", U * row[..., None], U)
@@ -401,7 +409,7 @@ def _moma_sums(
         mean = jnp.sum(left * right * s[..., :, None] * s[..., None, :])
         share = jnp.sum(jnp.square(s))
     else:
-        M = contract("mr,nr->mn", U * s[..., None, :], V) + error / nonzero(w1)
+        M = contract("mr,nr->mn", U * s[..., None, :], V) + error / divisor(w1)
         mean = jnp.sum(row[..., None] * col[..., None, :] * jnp.square(M))
         share = jnp.sum(jnp.square(M))
     second = jnp.sum(C)
@@ -410,24 +418,19 @@ def _moma_sums(
 
 def _umtam_sums(part: Mapping[str, Any], w1: jax.Array, w2: jax.Array) -> _Sums:
     """With gamma = b1, U s V^T + E is the dense moving average of the (clipped) gradient."""
-    U, s, V, R, C, error = (_wide(part[field]) for field in ("U", "s", "V", "R", "C", "error"))
+    U, s, V, R, C, error = (wide(part[field]) for field in ("U", "s", "V", "R", "C", "error"))
     layout = paper_layout(error)
     assert layout is not None
-    M = (contract("mr,nr->mn", U * s, V) + layout.to_matrix(error)) / nonzero(w1)
-    v = R[:, None] * C / nonzero(jnp.sum(R)) / w2
+    M = (contract("mr,nr->mn", U * s, V) + layout.to_matrix(error)) / divisor(w1)
+    v = R[:, None] * C / divisor(jnp.sum(R)) / w2
     return _sums(jnp.sum(C), jnp.square(M), v, w2)
 
 
 def _error(table: Mapping[str, Any], name: str) -> jax.Array | None:
     """The momentum outside moma's subspace, where ``error_dtype`` keeps it."""
     if name in table:
-        return _wide(table[name])
+        return wide(table[name])
     values, scale = (table.get(f"{name}/{field}".lstrip("/")) for field in Blocks._fields)
     if values is None or scale is None:
         return None
     return dequantize(Blocks(jnp.asarray(values), jnp.asarray(scale)), jnp.float32)
-
-
-def _wide(x: Any) -> jax.Array:
-    x = jnp.asarray(x)
-    return x.astype(at_least_float32(x.dtype))

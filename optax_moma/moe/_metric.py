@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from .._checks import Scalar, check_integer
-from .._matrix import nonzero
+from .._matrix import divisor
 from .._moments import Factored
 
 
@@ -155,8 +155,8 @@ def metric_from_curvature(
 
 def _terms(v: jax.Array, power: Scalar, outer: nnx.Param) -> tuple[jax.Array, ...]:
     """v^power over its mean, as singular vectors and values of its (outer, inner) matrix."""
-    mean = nonzero(jnp.mean(v))
-    x = jnp.where(v > 0, nonzero(v / mean) ** power, 1)
+    mean = divisor(jnp.mean(v))
+    x = jnp.where(v > 0, divisor(v / mean) ** power, 1)
     u, s, vt = jnp.linalg.svd((x / jnp.mean(x)).reshape(outer.shape[-1], -1), full_matrices=False)
     return u.T, s, vt
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from .._checks import check_integer
-from .._matrix import nonzero
+from .._matrix import divisor
 
 
 class Routing(NamedTuple):
@@ -132,7 +132,7 @@ def _mean(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     if mask is None:
         return jnp.mean(x, axis=-2)
     real = mask.astype(jnp.float32)
-    return jnp.einsum("...t,...tm->...m", real, x) / nonzero(jnp.sum(real, axis=-1))[..., None]
+    return jnp.einsum("...t,...tm->...m", real, x) / divisor(jnp.sum(real, axis=-1))[..., None]
 
 
 def checked_segment(segment: int | None, first: str) -> int | None:

@@ -232,6 +232,19 @@ def test_curvature_is_still_found_and_the_state_scans():
     assert trace[0] == 0 and jnp.all(trace[1:] > 0) and trace[-1] == state.noise.scale
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_logging_of_a_tree_without_leaves(name):
+    """Optax's map_params runs init on one; there is no noise, and no fault."""
+    tx = log_noise_scale(OPTIMIZERS[name](), RATE)
+    updates, state = jax.jit(tx.update)({}, tx.init({}), {})
+    assert updates == {} and not np.any(state.noise)
+    assert jax.tree.structure(state) == jax.tree.structure(tx.init({}))
+    trained = train(tx, draws(2))
+    same = optax.tree.map_params(tx, lambda x: x, trained)
+    for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(trained), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_parts_of_a_partition_are_added():
     grads = draws()
     labels = {"bias": "a", "layer": {"kernel": "b"}}

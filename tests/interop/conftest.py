@@ -14,6 +14,13 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
     "moma": lambda rank=4, clipped=True: om.moma(
         1e-2, rank=rank, min_dim_size_to_factor=8, clip_spectral=1.0 if clipped else np.inf
     ),
+    "moma, int8 error": lambda rank=4, clipped=True: om.moma(
+        1e-2,
+        rank=rank,
+        min_dim_size_to_factor=8,
+        clip_spectral=1.0 if clipped else np.inf,
+        error_dtype=jnp.int8,
+    ),
     "umtam": lambda rank=4, clipped=True: om.umtam(1e-2, rank=rank),
 }
 
@@ -25,11 +32,12 @@ def make(request: pytest.FixtureRequest) -> Callable[..., optax.GradientTransfor
 
 @pytest.fixture(scope="session")
 def params() -> dict:
-    """A matrix, a vector, a scalar: little to compile."""
+    """A matrix, a stack of three, a vector, a scalar: little to compile."""
     rng = np.random.default_rng(0)
     return {
         "kernel": jnp.asarray(rng.normal(size=(12, 8)), jnp.float32),
         "bias": jnp.asarray(rng.normal(size=(8,)), jnp.float32),
+        "stack": jnp.asarray(rng.normal(size=(3, 8, 8)), jnp.float32),
         "temperature": jnp.float32(0.5),
     }
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from optax.contrib import MuonDimensionNumbers as Axes
 
 import optax_moma as om
 
@@ -86,6 +87,24 @@ def test_hyperparameters_can_be_schedules(name, params, grads, run):
     through_injection, _ = run(injected(learning_rate=rate, rank=4, **settings), kernel, steps)
     through_argument, _ = run(factory(rate, rank=4, **settings), kernel, steps)
     assert_close(through_injection, through_argument)
+
+
+@pytest.mark.parametrize("name", INJECTED)
+def test_hyperparameters_of_bfloat16_gradients(name, params, grads, run):
+    """Injected numbers take the gradients' type, where b2 = 0.999 is 1 and nothing trains."""
+    factory, static, settings = INJECTED[name]
+    low, *steps = jax.tree.map(lambda x: x.astype(jnp.bfloat16), [params, *grads])
+    plain = optax.inject_hyperparams(factory, static_args=static)
+    with pytest.raises(TypeError, match=r"b1 must not be a bfloat16.*hyperparam_dtype=jnp.float32"):
+        plain(learning_rate=1e-2, rank=4, **settings).init(low)
+    wide = optax.inject_hyperparams(
+        factory, static_args=static, hyperparam_dtype=jnp.dtype("float32")
+    )
+    # Parameters that are wide tell the small steps; those are rounded to bfloat16.
+    move = lambda tx: jax.tree.map(jnp.subtract, run(tx, params, steps)[0], params)
+    moved = move(wide(learning_rate=1e-2, rank=4, **settings))
+    assert_close(moved, move(factory(1e-2, rank=4, **settings)), rtol=0.01)
+    assert all(np.abs(x).max() > 1e-3 for x in jax.tree.leaves(moved))
 
 
 def test_apply_if_finite_skips_a_bad_step(make, params, grads, run):
@@ -198,6 +217,15 @@ def test_map_params_reaches_each_state_leaf_once(make, params):
     assert counts and counts <= set(of_others)
     # The first moment of a leaf without a matrix has the leaf's own shape, and is reached.
     assert {params["bias"].shape} <= {leaves[i].shape for i in of_params}
+
+
+def test_map_params_with_dimension_numbers_as_a_tree(params):
+    """It runs init on a placeholder without leaves, which no tree of numbers is like."""
+    numbers = jax.tree.map(lambda p: Axes(-2, -1) if p.ndim > 1 else None, params)
+    tx = om.moma(1e-2, 2, min_dim_size_to_factor=8, weight_dimension_numbers=numbers)
+    state = tx.init(params)
+    same = optax.tree.map_params(tx, lambda x: x, state)
+    assert_equal(same, state)
 
 
 @pytest.mark.parametrize("empty", [{}, [], {"a": {}, "b": None}])
