@@ -26,7 +26,7 @@ Tree = Any
 
 
 def merge(
-    method: Step | Sequence[tuple[str, Step]],
+    method: Step | list[tuple[str, Step]],
     experts: Sequence[Tree] | Mapping[str, Tree],
     *,
     base: Tree | None = None,
@@ -81,7 +81,7 @@ def merge(
       >>> merge(methods, trees, base={"head": {"w": jnp.zeros(2)}, "w": jnp.zeros(2)})
       {'head': {'w': Array([1., 2.], dtype=float32)}, 'w': Array([1., 2.], dtype=float32)}
     """
-    if isinstance(method, Sequence):
+    if isinstance(method, list):
         paths, treedef, parts = _parts(method, experts, base, curvature, weights, key)
     else:
         whole = checked_inputs(_contract_of(method), experts, base, curvature, weights, key)
@@ -117,7 +117,7 @@ def _contract_of(method: Any) -> Contract:
 
 
 def _parts(
-    methods: Sequence[tuple[str, Step]],
+    methods: list[tuple[str, Step]],
     experts: Any,
     base: Any,
     curvature: Any,
