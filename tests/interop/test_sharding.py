@@ -254,6 +254,11 @@ def laid(tree, specs, mesh: Mesh):
     return jax.lax.with_sharding_constraint(tree, shardings)
 
 
+@pytest.mark.parametrize(
+    ("param_specs", "error_dtype"),
+    [*((name, None) for name in PARAM_SPECS), ("fsdp x tensor", "int8")],
+    indirect=True,
+)
 def test_a_spread_state_takes_equal_steps_and_only_thin_arrays_travel(
     problem, alone, error_dtype, param_specs, mesh
 ):
