@@ -55,6 +55,8 @@ COLOURS = {
     "umtam": "C7",
 }
 """Of families, the same in all figures; others are grey."""
+FAR = 1.1
+"""A loss of more than so many times the lowest is told at the edge, not drawn to scale."""
 MARKERS = {0: "o", 4: "v", 8: "s", 16: "o", 32: "^", 64: "D", 128: "P"}
 """Of ranks; 0 is none."""
 
@@ -237,8 +239,24 @@ def figures(size: Size, group: dict[str, Tuned], folder: Path) -> list[str]:
         ax.errorbar(x, y, error, marker="o", capsize=3, label=name, color=colour(name))
 
     fig, ax, path = draw("state", "state, % of AdamW's", [1, 3, 10, 30, 100])
+    most = FAR * min(t.mean for t in main.values())
     for name, pairs in families(main).items():
-        curve(ax, [100 * t.share for _, t in pairs], [t for _, t in pairs], name)
+        near = [t for _, t in pairs if t.mean <= most]
+        curve(ax, [100 * t.share for t in near], near, name)
+        for t in (t for _, t in pairs if t.mean > most):
+            x = 100 * t.share
+            ax.plot(
+                x, 1, "^", color=colour(name), transform=ax.get_xaxis_transform(), clip_on=False
+            )
+            ax.annotate(
+                f"{t.mean:.2f}",
+                (x, 1),
+                (0, -14),
+                xycoords=ax.get_xaxis_transform(),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+            )
     links = [close(fig, ax, path)]
 
     # Two ranks make no curve.
