@@ -228,7 +228,7 @@ def merging(rows: list[Row], results: Path, name: str = "merging", *, floor: boo
         parts.append(_by_task(own, sizes[0], methods))
         figure = results / f"{name}_{optimizer}_{split}.png"
         shown = [m for m in methods if m != "experts" and (floor or m != "base")]
-        parts.append(_dots(shares, shown, sizes[0], optimizer, figure))
+        parts.append(_dots(shares, shown, sizes[0], optimizer, split, figure))
     parts.append(
         f"{REFERENCE}'s lead: tuned, over what was never tuned at its default; mean over the seeds"
         " (and sets of experts) that both have ± standard error. A method with fewer seeds is to be"
@@ -312,10 +312,10 @@ def _dots(
     methods: Sequence[str],
     size: int,
     optimizer: str,
+    split: str,
     path: Path,
 ) -> str:
-    methods = [m for m in methods if shares[m, "False", size]]
-    figure = Figure(figsize=(8, 1.2 + 0.27 * len(methods)), layout="constrained")
+    figure = Figure(figsize=(8, 1.6 + 0.27 * len(methods)), layout="constrained")
     axes = figure.subplots()
     for tuned, marker, label in (("True", "o", "tuned on dev"), ("False", "|", "at its defaults")):
         for place, method in enumerate(methods):
@@ -327,18 +327,18 @@ def _dots(
     counts = {m: _seeds(shares, m, size) for m in methods}
     names = [m if counts[m] == max(counts.values()) else f"{m} *" for m in methods]
     axes.set_yticks(range(len(methods)), names)
-    axes.invert_yaxis()
+    axes.set_ylim(len(methods) - 0.5, -0.5)
     axes.axvline(100, color="0.4", lw=1, ls="--")
     axes.set_xlabel(f"share of the experts' scores kept, mean over {size} tasks (%)")
     handles, labels = axes.get_legend_handles_labels()
     first = {label: handle for handle, label in zip(handles, labels, strict=True)}
-    axes.legend(first.values(), first.keys(), frameon=False, loc="upper left")
-    split = {"held": "held half of dev", "test": "test"}[path.stem.rpartition("_")[2]]
+    figure.legend(first.values(), first.keys(), frameon=False, loc="outside lower center", ncols=2)
+    where = {"held": "held half of dev", "test": "test"}[split]
     merged = [found for (_, _, n), found in shares.items() if n == size]
     seeds = sorted({seed for found in merged for _, seed in found}, key=int)
     among = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}"
     fewer = "; * fewer seeds" if len(set(counts.values())) > 1 else ""
-    axes.set_title(f"{size} experts of {optimizer} in one encoder; {split}, {among}{fewer}")
+    figure.suptitle(f"{size} experts of {optimizer} in one encoder; {where}, {among}{fewer}")
     tidy(axes)
     return save(figure, path)
 

@@ -99,6 +99,7 @@ STAGES = (
     Stage("seeds", W256, FINALISTS[:4], (0, 1, 2)),
     Stage("betas", W256, ("moma:rank=16,b1=0.98", "moma:rank=16,b1=0.95"), (0, 1, 2)),
     Stage("peers", W256, ("galore:rank=16", "galore:rank=8", LEAN), (0, 1, 2)),
+    Stage("peers", W256, ("galore:rank=16,update_proj_gap=20",), (0,), (4e-3,)),
     Stage("tune", W128, FIRST[4:], (0,)),
     Stage("seeds", W128, FIRST[:4], (0, 1, 2)),
     Stage("tune", W256, FINALISTS[4:], (0,)),
