@@ -51,7 +51,7 @@ def orthonormalize(Y: jax.Array) -> jax.Array:
     # What is left of a dependent column after one pass is noise, which a second lays bare.
     Y, pivots = _pass(Y, shift, least=0.25)
     settled = jnp.all((pivots > 0.99) | (pivots < 2 * shift))
-    return jax.lax.cond(settled, lambda: Y, lambda: _pass(Y, shift, least=0.25)[0])
+    return _unless(settled, Y, lambda: _pass(Y, shift, least=0.25)[0])
 
 
 def _pass(Y: jax.Array, shift: Any, least: Any) -> tuple[jax.Array, jax.Array]:
@@ -125,7 +125,18 @@ def _normalized(Q: jax.Array, Z: jax.Array, previous: jax.Array) -> Factors:
         unseen = unseen / divisor(jnp.linalg.norm(unseen, axis=-2, keepdims=True))
         return jnp.where(found[..., None, :], V, unseen)
 
-    return Factors(Q, s, jax.lax.cond(jnp.all(found), lambda: V, search))
+    return Factors(Q, s, _unless(jnp.all(found), V, search))
+
+
+def _unless(settled: jax.Array, x: jax.Array, otherwise: Callable[[], jax.Array]) -> jax.Array:
+    """``x`` where ``settled``, else what the function returns.
+
+    A GPU's branches wait for the host, which costs more than these few thin products: it computes
+    them in any case, and selects.
+    """
+    select = lambda: jnp.where(settled, x, otherwise())  # noqa: E731
+    branch = lambda: jax.lax.cond(settled, lambda: x, otherwise)  # noqa: E731
+    return jax.lax.platform_dependent(cuda=select, rocm=select, default=branch)
 
 
 def transposed(x: jax.Array) -> jax.Array:
@@ -141,10 +152,7 @@ def _cholesky(gram: jax.Array) -> jax.Array:
     """
     r = gram.shape[-1]
     if r <= _BLOCK:
-        factorize = jnp.linalg.cholesky
-        for _ in range(gram.ndim - 2):  # its own batching fails on explicit meshes
-            factorize = jax.vmap(factorize)
-        return factorize(gram)
+        return _batched(jnp.linalg.cholesky, gram)
     half = -(-r // 2)
     L, side = _cholesky(gram[..., :half, :half]), gram[..., half:, :half]
     inverse = _inverse(L)
@@ -160,7 +168,21 @@ def _cholesky(gram: jax.Array) -> jax.Array:
 
 
 def _inverse(L: jax.Array) -> jax.Array:
-    """The inverse of a lower triangular matrix, by 2 log2(r) products.
+    """The inverse of a lower triangular matrix, or of a stack of them."""
+    return jax.lax.platform_dependent(
+        L, cuda=_inverse_by_solve, rocm=_inverse_by_solve, default=_inverse_by_products
+    )
+
+
+def _inverse_by_solve(L: jax.Array) -> jax.Array:
+    """One kernel of a GPU's, which would take some twenty for the products."""
+    identity = jnp.eye(L.shape[-1], dtype=L.dtype)
+    solve = lambda x: jax.lax.linalg.triangular_solve(x, identity, left_side=True, lower=True)  # noqa: E731
+    return _batched(solve, L)
+
+
+def _inverse_by_products(L: jax.Array) -> jax.Array:
+    """2 log2(r) products.
 
     The inverses of the diagonal's blocks of one size give those of twice the size: ``[[A, 0],
     [B, C]]`` has the inverse ``[[A', 0], [-C' B A', C']]``. A triangular solve would go through
@@ -175,3 +197,10 @@ def _inverse(L: jax.Array) -> jax.Array:
         X -= contract("rs,st->rt", X, contract("rs,st->rt", jnp.where(below, L, 0), X))
         size *= 2
     return X
+
+
+def _batched(function: Operator, x: jax.Array) -> jax.Array:
+    """A function of one matrix on a stack of them; its own batching fails on explicit meshes."""
+    for _ in range(x.ndim - 2):
+        function = jax.vmap(function)
+    return function(x)

@@ -1,9 +1,12 @@
 """The basis and the warm-started subspace step, against NumPy's QR and SVD."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optax_moma import _lowrank
 from optax_moma._lowrank import Factors
@@ -81,7 +84,8 @@ def test_triangular_factors_and_inverses_are_those_of_lapack(r):
         gram = np.stack([x.T @ x for x in (gaussian(2 * r, r, seed=i) for i in range(2))])
         L = _lowrank._cholesky(jnp.asarray(gram))
         np.testing.assert_allclose(L, np.linalg.cholesky(gram), rtol=0, atol=1e-12 * np.sqrt(r))
-        np.testing.assert_allclose(_lowrank._inverse(L), np.linalg.inv(L), rtol=0, atol=1e-11)
+        for inverse in (_lowrank._inverse_by_products, _lowrank._inverse_by_solve):
+            np.testing.assert_allclose(inverse(L), np.linalg.inv(L), rtol=0, atol=1e-11)
         single = _lowrank._cholesky(jnp.asarray(gram[0], jnp.float32))
         np.testing.assert_allclose(single, np.linalg.cholesky(gram[0]), rtol=0, atol=1e-5 * r)
 
@@ -112,9 +116,34 @@ def test_a_stack_is_its_matrices():
         np.testing.assert_allclose(Q[1, i], alone, atol=1e-5)
 
 
+@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def sharded(request):
+    if jax.device_count() < 8:
+        pytest.skip("needs eight devices")
+    mesh = jax.make_mesh((2, 4), ("layers", "rows"), axis_types=(request.param,) * 2)
+    with jax.set_mesh(mesh):
+        yield lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec("layers", "rows")))
+
+
+def test_a_gpu_selects_where_others_branch(monkeypatch, sharded):
+    """The same basis, of stacks that need a third pass and of such that do not, on any mesh."""
+    names = ("plain", "duplicates", "condition 1e3", "all zero")
+    stack = sharded(jnp.asarray([HARD[name][0] for name in names], jnp.float32))
+    by_branches = orthonormalize(stack)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, cuda, **_: cuda(*x))
+    selected = jax.jit(lambda x: _lowrank.orthonormalize(x))(stack)
+    for Q, same, name in zip(selected, by_branches, names, strict=True):
+        assert projection_error(np.asarray(Q, np.float64)) < 1e-5
+        assert rank(Q) == HARD[name][1]
+        np.testing.assert_allclose(Q, same, atol=1e-3 if "condition" in name else 1e-5)
+
+
+product = partial(jnp.matmul, precision="highest")
+
+
 @jax.jit
 def follow(factors, decay, A):
-    return _lowrank.follow(factors, decay, lambda X: A @ X, lambda X: X.T @ A)
+    return _lowrank.follow(factors, decay, lambda X: product(A, X), lambda X: product(X.T, A))
 
 
 def start(m: int, n: int, r: int) -> Factors:
@@ -213,7 +242,8 @@ def test_power_iterations_come_closer_to_the_best_rank_r_part():
     A = (left / np.sqrt(np.arange(1, 31))) @ right.T
     V = rng.normal(size=(40, 5))
     zero = Factors(jnp.zeros((50, 5)), jnp.zeros(5), jnp.asarray(V, jnp.float32))
-    step = lambda count: _lowrank.follow(zero, 0.9, lambda X: A @ X, lambda X: X.T @ A, count)
+    matmuls = lambda X: product(A, X), lambda X: product(X.T, A)
+    step = lambda count: _lowrank.follow(zero, 0.9, *matmuls, count)
     losses = []
     for iterations in (1, 2, 4):
         basis = V

@@ -1,9 +1,10 @@
-"""The grid of runs: optimizer x learning rate x seed x width, one run at a time, smallest first.
+"""The grid of runs: optimizer x learning rate x seed x width, smallest first.
 
     python -m experiments.pretrain.study             # goes on with what is missing, until stopped
     python -m experiments.pretrain.study --list      # every run planned so far, done or not
     python -m experiments.pretrain.study --status    # how much is done, and how long the rest takes
     python -m experiments.pretrain.study --quick     # the same in two minutes, to see that it works
+    python -m experiments.pretrain.study --large     # GPT-2 124M, for which one wants a GPU
 
 Each finished run appends a line to ``results/study.csv``, and is never run again; a run that was
 stopped goes on from its checkpoint. Every optimizer gets the same steps, the same data and the same
@@ -24,8 +25,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,6 +114,16 @@ STAGES = (
     Stage("as published", W128, ("umtam:rank=16",), (0, 1, 2)),
     Stage("batch", dataclasses.replace(W128, batch=32), ("adamw", MOMA), (0,)),
     Stage("tune", W512, ("adamw", MOMA, "adafactor"), (0,)),
+)
+GPT2 = Config(preset="gpt2", dtype="bfloat16", scan=True, batch=8, steps=300)
+LARGE = (
+    Stage(
+        "gpt2",
+        GPT2,
+        ("moma:rank=32", "adamw:b2=0.95", "adafactor"),
+        (0,),
+        (5e-4, 1e-3, 2e-3),
+    ),
 )
 QUICK = (
     Stage(
@@ -217,62 +231,116 @@ def code(optimizer: str) -> str:
     return digest.hexdigest()
 
 
-def run_apart(config: Config) -> dict[str, Any] | None:
-    """Runs in a process of its own; None when it was stopped. SIGTERM is passed on to it."""
-    module = "experiments.pretrain.train"
-    child = subprocess.Popen([sys.executable, "-m", module, *config.arguments()])
-    before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
-    try:
+class Processes:
+    """Runs, each in a process of its own, which can all be stopped.
+
+    Attributes:
+      quiet: what a run says goes to ``log.txt`` in its folder.
+    """
+
+    def __init__(self, quiet: bool):
+        """No run yet."""
+        self.quiet = quiet
+        self._running: set[subprocess.Popen] = set()
+        self._stopped = threading.Event()
+
+    def __call__(self, config: Config) -> dict[str, Any] | None:
+        """Runs; None when it was stopped."""
+        if self._stopped.is_set():
+            return None
+        out = Path(config.out)
+        out.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "experiments.pretrain.train", *config.arguments()]
+        with (out / "log.txt").open("a") if self.quiet else nullcontext() as log:
+            # A session of its own: Ctrl-C is for `stop` to pass on.
+            child = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        self._running.add(child)
+        if self._stopped.is_set():
+            child.terminate()
         status = child.wait()
-    except KeyboardInterrupt:
-        child.terminate()
-        child.wait()
-        return None
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if status in (128 + signal.SIGTERM, -signal.SIGTERM):
-        return None
-    if status:
-        raise RuntimeError(f"{config.command()} failed with status {status}.")
-    return json.loads((Path(config.out) / "result.json").read_text())
+        self._running.discard(child)
+        if status in (128 + signal.SIGTERM, -signal.SIGTERM):
+            return None
+        if status:
+            seen = f"; see {out / 'log.txt'}" if self.quiet else ""
+            raise RunFailed(f"{config.command()} failed with status {status}{seen}.")
+        return json.loads((out / "result.json").read_text())
+
+    def stop(self, *_: Any) -> None:
+        """Stops every run, after it has saved where it is; a handler of signals."""
+        self._stopped.set()
+        for child in tuple(self._running):
+            child.terminate()
+
+
+class RunFailed(RuntimeError):
+    """A run ended with an error."""
 
 
 def work(
     stages: tuple[Stage, ...],
     results: Path,
     runs: Path,
-    runner: Callable[[Config], dict[str, Any] | None] = run_apart,
+    runner: Callable[[Config], dict[str, Any] | None],
+    workers: int = 1,
 ) -> bool:
-    """Runs what is missing, one run after the other; whether all is done."""
+    """Runs what is missing, so many runs at a time; whether all is done.
+
+    A run that fails does not keep the others from running; RunFailed is raised in the end.
+    """
     runs.mkdir(parents=True, exist_ok=True)
-    with (runs / "lock").open("w") as lock:
+    started: set[tuple[str, ...]] = set()
+    running: dict[Future, Job] = {}
+    stopped, failures = False, []
+    with (runs / "lock").open("w") as lock, ThreadPoolExecutor(workers) as pool:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SystemExit(f"A study is already running in {runs}.") from None
         while True:
             rows = read(results)
-            done = {identity(row) for row in rows}
-            job = next((j for j in plan(stages, rows) if identity(j.config) not in done), None)
-            if job is None:
-                return True
-            name = "_".join(identity(job.config)).replace(":", "-").replace(",", "-")
-            config = dataclasses.replace(job.config, out=str(runs / name))
-            print(f"\n[{len(done)} done] {job.stage}: {config.command()}", flush=True)
-            result = runner(config)
-            if result is None:
-                return False
-            shutil.rmtree(Path(config.out) / "checkpoints", ignore_errors=True)
-            places = dataclasses.replace(config, out=f"runs/{name}")
-            result |= {
-                "stage": job.stage,
-                "code": code(config.optimizer),
-                "sources": " ".join(
-                    f"{k}={v:.4f}" for k, v in result["sources"].items() if k != "all"
-                ),
-                "command": places.command(),
-            } | config.sizes().__dict__
-            append(results, result)
+            known = started | {identity(row) for row in rows}
+            free = [job for job in plan(stages, rows) if identity(job.config) not in known]
+            for job in free[: 0 if stopped else workers - len(running)]:
+                started.add(identity(job.config))
+                name = "_".join(identity(job.config)).replace(":", "-").replace(",", "-")
+                config = dataclasses.replace(job.config, out=str(runs / name))
+                print(f"\n[{len(rows)} done] {job.stage}: {config.command()}", flush=True)
+                running[pool.submit(runner, config)] = Job(job.stage, config)
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job = running.pop(future)
+                try:
+                    result = future.result()
+                except RunFailed as error:
+                    failures.append(str(error))
+                    print(error, flush=True)
+                    continue
+                if result is None:
+                    stopped = True
+                else:
+                    append(results, finished(job, result))
+    if failures:
+        raise RunFailed("\n".join(failures))
+    return not stopped
+
+
+def finished(job: Job, result: dict[str, Any]) -> dict[str, Any]:
+    """A run's row; its checkpoints are of no more use."""
+    out = Path(job.config.out)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    sources = {name: loss for name, loss in result["sources"].items() if name != "all"}
+    return (
+        result
+        | job.config.sizes().__dict__
+        | {
+            "stage": job.stage,
+            "code": code(job.config.optimizer),
+            "sources": " ".join(f"{name}={loss:.4f}" for name, loss in sources.items()),
+            "command": dataclasses.replace(job.config, out=f"runs/{out.name}").command(),
+        }
+    )
 
 
 def expected_seconds(config: Config, rows: list[Row]) -> float:
@@ -329,18 +397,23 @@ def main() -> None:
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--status", action="store_true")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--large", action="store_true")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     parser.add_argument("--results", type=Path, default=None)
     parser.add_argument("--runs", type=Path, default=RUNS)
     args = parser.parse_args()
-    stages = QUICK if args.quick else STAGES
+    stages = QUICK if args.quick else LARGE if args.large else STAGES
     runs = args.runs / "quick" if args.quick else args.runs
     results = args.results or (runs / "results.csv" if args.quick else RESULTS)
     if args.list or args.status:
         show(stages, results, args.list)
         return
     started = time.monotonic()
-    finished = work(stages, results, runs.absolute())
-    state = "all runs are done" if finished else "stopped; the same command goes on"
+    processes = Processes(quiet=args.workers > 1)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, processes.stop)
+    done = work(stages, results, runs.absolute(), processes, args.workers)
+    state = "all runs are done" if done else "stopped; the same command goes on"
     print(f"{state} ({(time.monotonic() - started) / 60:.1f} min)")
 
 

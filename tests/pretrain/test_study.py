@@ -4,6 +4,9 @@ import dataclasses
 import fcntl
 import math
 import sys
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -88,6 +91,58 @@ def test_stops_when_a_run_is_stopped(tmp_path):
     assert study.read(tmp_path / "results.csv") == []
 
 
+def test_runs_side_by_side_are_the_same_runs(results, tmp_path):
+    """As many at a time as there are workers; the plan waits for what a rate depends on."""
+    alone, _ = results
+    at_once, most, lock = 0, 0, threading.Lock()
+
+    def runner(config):
+        nonlocal at_once, most
+        with lock:
+            at_once += 1
+            most = max(most, at_once)
+        time.sleep(0.02)
+        with lock:
+            at_once -= 1
+        return pretend(config)
+
+    assert study.work(STAGES, tmp_path / "many.csv", tmp_path / "runs", runner, workers=3)
+    assert most == 3
+    rows = lambda path: {study.identity(row): row for row in study.read(path)}
+    assert rows(tmp_path / "many.csv") == rows(alone)
+
+
+def test_a_run_that_fails_does_not_keep_the_others(tmp_path):
+    def runner(config):
+        if config.optimizer == "adamw":
+            raise study.RunFailed(f"{config.lr} failed")
+        return pretend(config)
+
+    path = tmp_path / "results.csv"
+    with pytest.raises(study.RunFailed, match=r"(?s)0.001 failed.*0.004 failed"):
+        study.work(STAGES, path, tmp_path / "runs", runner, workers=2)
+    assert {row["optimizer"] for row in study.read(path)} == {"moma:rank=8"}
+    assert len(study.read(path)) == 7
+
+
+def test_processes_are_stopped_and_report_failures(new_run, tmp_path):
+    config = dataclasses.replace(new_run("run"), steps=10**6, log_every=1)
+    processes, found = study.Processes(quiet=True), []
+    thread = threading.Thread(target=lambda: found.append(processes(config)))
+    thread.start()
+    log = Path(config.out) / "log.txt"
+    while thread.is_alive() and not (log.exists() and "step 2/" in log.read_text()):
+        time.sleep(0.05)
+    processes.stop()
+    thread.join()
+    assert found == [None] and "the same command goes on from there" in log.read_text()
+    assert processes(config) is None  # nothing new is started
+    wrong = dataclasses.replace(config, out=str(tmp_path / "wrong"), optimizer="sgd")
+    with pytest.raises(study.RunFailed, match=r"status 1; see .*log\.txt"):
+        study.Processes(quiet=True)(wrong)
+    assert "the optimizers are" in (tmp_path / "wrong" / "log.txt").read_text()
+
+
 def test_two_studies_do_not_run_at_a_time(tmp_path):
     with (tmp_path / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -98,7 +153,7 @@ def test_two_studies_do_not_run_at_a_time(tmp_path):
 def test_every_planned_optimizer_can_be_made():
     from experiments.pretrain import optimizers
 
-    for job in study.plan(study.STAGES, []):
+    for job in study.plan(study.STAGES + study.LARGE, []):
         optimizers.make(job.config.optimizer, job.config.lr)
 
 
@@ -155,7 +210,7 @@ def test_a_real_run_enters_the_study(new_run, tmp_path, capsys):
     base = dataclasses.replace(new_run("unused"), steps=8)
     stages = (study.Stage("small", base, (base.optimizer,), (0,), (5e-3,)),)
     path = tmp_path / "results.csv"
-    assert study.work(stages, path, tmp_path / "runs", train.run)
+    assert study.work(stages, path, tmp_path / "runs", study.Processes(quiet=False))
     (row,) = study.read(path)
     assert np.isfinite(float(row["validation"]))
     assert row["vocabulary"] == "320" and int(row["state_bytes"]) < int(row["adamw_bytes"])
