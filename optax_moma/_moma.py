@@ -30,6 +30,7 @@ from . import _moments as moments
 from ._checks import Scalar, check_decay, check_integer, check_not_negative, check_width
 from ._lowrank import Factors, follow, transposed
 from ._matrix import Layout, contract, divisor, layouts, reshard, unshared
+from ._orthogonal import orthogonalize as orthogonal_factor
 from ._quantize import Blocks, dequantize, quantize
 from ._tree import (
     at_least_float32,
@@ -104,6 +105,8 @@ class _Dense(NamedTuple):
 
 
 _FIELDS = _Matrix._fields + _Dense._fields
+_ORTHOGONAL_RMS = 0.2
+"""About that of AdamW's updates (Liu et al., "Muon is Scalable for LLM Training", 2025)."""
 
 
 class _Hyper(NamedTuple):
@@ -115,6 +118,7 @@ class _Hyper(NamedTuple):
     residual: Scalar
     clip_spectral: Scalar
     clip_rms: Scalar
+    orthogonalize: bool
     power_iterations: int | jax.Array
     learning_rate: Scalar
     mu_weight: jax.Array
@@ -130,6 +134,7 @@ def scale_by_moma(
     residual: Scalar = 1.0,
     clip_spectral: Scalar = 1.0,
     clip_rms: Scalar = 1.0,
+    orthogonalize: bool = False,
     power_iterations: int | jax.Array = 1,
     min_dim_size_to_factor: int = 128,
     weight_dimension_numbers: Any = None,
@@ -167,6 +172,13 @@ def scale_by_moma(
         where Adam moves it by 1: early training has such gradients, and toy problems.
       clip_rms: Largest root mean square of a matrix's update, or of another leaf's, as in
         Adafactor; ``inf`` for none.
+      orthogonalize: Whether the update of a matrix is its orthogonal factor, at an RMS of 0.2: all
+        its directions move alike, as in Muon, whose dense momentum is the low-rank one here. In
+        pretraining this is much better than without, ahead of Muon (``experiments/pretrain``), but
+        no longer cheap: five Newton-Schulz iterations take :math:`5 (4 m^2 n + 2 m^3)` operations
+        for m <= n, where a step of T tokens takes :math:`6 T m n`; and on meshes they gather each
+        matrix. For hidden layers; embeddings and heads are better off without it and without
+        ``clip_spectral``, by ``optax.partition``.
       power_iterations: Subspace iterations per step, >= 1, of two thin products with the gradient
         each. More follow the momentum's best rank-r part more closely.
       min_dim_size_to_factor: A matrix with fewer rows or columns is kept with Adam's dense moments,
@@ -313,7 +325,7 @@ def scale_by_moma(
         plain = unboxed(updates)
         rate: Any = learning_rate(state.count) if callable(learning_rate) else learning_rate
         hyper = _Hyper(
-            b1, b2, eps, residual, clip_spectral, clip_rms, power_iterations, rate,
+            b1, b2, eps, residual, clip_spectral, clip_rms, orthogonalize, power_iterations, rate,
             mu_weight=moments.ema(state.mu_weight, jnp.ones((), jnp.float32), b1),
             nu_weight=moments.ema(state.nu_weight, jnp.ones((), jnp.float32), b2),
         )  # fmt: skip
@@ -398,6 +410,11 @@ def _matrix_step(
         rows, cols = moments.row_sums(G * step), moments.col_sums(G * step)
         error = quantize(missed) if isinstance(state.error, Blocks) else missed
 
+    if hyper.orthogonalize:  # what was made of the step above is then not computed
+        size = jnp.minimum(_ORTHOGONAL_RMS, hyper.clip_rms) * max(layout.matrix_shape[-2:]) ** 0.5
+        step = size * orthogonal_factor(step)
+        rows, cols = moments.row_sums(G * step), moments.col_sums(G * step)
+
     rate = hyper.learning_rate
     return layout.from_matrix(step, g).astype(g.dtype), _Matrix(
         *factors,
@@ -480,6 +497,7 @@ def moma(
     residual: Scalar = 1.0,
     clip_spectral: Scalar = 1.0,
     clip_rms: Scalar = 1.0,
+    orthogonalize: bool = False,
     power_iterations: int | jax.Array = 1,
     weight_dimension_numbers: Any = None,
     saliency: bool = True,
@@ -518,6 +536,8 @@ def moma(
       residual: Multiplies the part of the gradient outside the subspace.
       clip_spectral: Largest length of a direction of the momentum, in units of sqrt(max(m, n)).
       clip_rms: Largest root mean square of a matrix's update, or of another leaf's.
+      orthogonalize: Whether to apply the orthogonal factor of a matrix's update, as Muon does:
+        better, and dearer.
       power_iterations: Subspace iterations per step.
       weight_dimension_numbers: Which axes of a leaf are fan-in and fan-out. Say it for leaves of
         more than two axes, such as attention heads: :func:`scale_by_moma` has a table.
@@ -566,6 +586,7 @@ def moma(
             residual=residual,
             clip_spectral=clip_spectral,
             clip_rms=clip_rms,
+            orthogonalize=orthogonalize,
             power_iterations=power_iterations,
             min_dim_size_to_factor=min_dim_size_to_factor,
             weight_dimension_numbers=weight_dimension_numbers,

@@ -7,6 +7,7 @@ An optimizer is written as its name and its own arguments, e.g. ``moma:rank=16,r
 
 import ast
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -63,6 +64,22 @@ def muon(beta: float = 0.95) -> optax.GradientTransformation:
     )
 
 
+def orthogonal(
+    learning_rate: optax.ScalarOrSchedule, rank: int = 16
+) -> optax.GradientTransformation:
+    """`moma` with orthogonalized updates for the kernels; for embeddings, whose directions are
+    those of words, without a limit to how far one moves.
+    """
+    label = lambda is_kernel: "kernel" if is_kernel else "other"  # noqa: E731
+    return optax.partition(
+        {
+            "kernel": om.scale_by_moma(rank, learning_rate=learning_rate, orthogonalize=True),
+            "other": om.scale_by_moma(rank, learning_rate=learning_rate, clip_spectral=math.inf),
+        },
+        lambda params: jax.tree.map(label, named(params, "kernel")),
+    )
+
+
 SCALINGS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adamw": optax.scale_by_adam,
     "adafactor": adafactor,
@@ -70,6 +87,7 @@ SCALINGS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "galore": optax.contrib.scale_by_galore,
     "umtam": om.scale_by_umtam,
     "moma": om.scale_by_moma,
+    "moma_orthogonal": orthogonal,
 }
 
 
@@ -94,7 +112,7 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
 def make(spec: str, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     """The optimizer that ``spec`` writes out, as a whole chain."""
     name, arguments = parse(spec)
-    if name == "moma":
+    if name.startswith("moma"):
         arguments = {"learning_rate": learning_rate} | arguments
     return optax.chain(
         optax.clip_by_global_norm(CLIP),

@@ -104,6 +104,7 @@ STAGES = (
     Stage("betas", W256, ("moma:rank=16,b1=0.98", "moma:rank=16,b1=0.95"), (0, 1, 2)),
     Stage("peers", W256, ("galore:rank=16", "galore:rank=8", LEAN), (0, 1, 2)),
     Stage("peers", W256, ("galore:rank=16,update_proj_gap=20",), (0,), (4e-3,)),
+    Stage("orthogonal", W256, ("moma_orthogonal:rank=16", "moma_orthogonal:rank=4"), (0, 1, 2)),
     Stage("tune", W128, FIRST[4:], (0,)),
     Stage("seeds", W128, FIRST[:4], (0, 1, 2)),
     Stage("tune", W256, FINALISTS[4:], (0,)),
@@ -219,7 +220,7 @@ def code(optimizer: str) -> str:
 
     Results outlive changes of the code; this tells which of them came from the present one.
     """
-    if optimizers.parse(optimizer)[0] not in ("moma", "umtam"):
+    if optimizers.parse(optimizer)[0] not in ("moma", "moma_orthogonal", "umtam"):
         return f"optax {optax.__version__}"
     digest = hashlib.blake2b(digest_size=4)
     for file in sorted(Path(om.__file__).parent.glob("_*.py")):
