@@ -173,12 +173,12 @@ def scale_by_moma(
       clip_rms: Largest root mean square of a matrix's update, or of another leaf's, as in
         Adafactor; ``inf`` for none.
       orthogonalize: Whether the update of a matrix is its orthogonal factor, at an RMS of 0.2: all
-        its directions move alike, as in Muon, whose dense momentum is the low-rank one here. In
-        pretraining this is much better than without, ahead of Muon (``experiments/pretrain``), but
-        no longer cheap: five Newton-Schulz iterations take :math:`5 (4 m^2 n + 2 m^3)` operations
-        for m <= n, where a step of T tokens takes :math:`6 T m n`; and on meshes they gather each
-        matrix. For hidden layers; embeddings and heads are better off without it and without
-        ``clip_spectral``, by ``optax.partition``.
+        its directions move alike, as in Muon, whose dense momentum is the low-rank one here. Better
+        in ``experiments/pretrain``, and no longer cheap: five Newton-Schulz iterations take
+        :math:`5 (4 m^2 n + 2 m^3)` operations for m <= n, where a step of T tokens takes
+        :math:`6 T m n`; on meshes they gather each matrix. For hidden layers, as Muon is:
+        embeddings and heads have a transformation of their own then, by ``optax.partition``, with
+        ``clip_spectral=inf``.
       power_iterations: Subspace iterations per step, >= 1, of two thin products with the gradient
         each. More follow the momentum's best rank-r part more closely.
       min_dim_size_to_factor: A matrix with fewer rows or columns is kept with Adam's dense moments,

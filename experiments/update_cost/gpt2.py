@@ -124,11 +124,13 @@ def published(repetitions: int) -> Iterator[Row]:
 
 
 def step(rows: int, length: int, dtype: str, rounds: int) -> Iterator[Row]:
-    """A training step of GPT-2, both optimizers in turn, after three rounds to warm up."""
+    """A training step of GPT-2, the optimizers in turn, after a tenth of the rounds to warm up."""
     config = model.gpt2(length=length, dtype=dtype, scan=True)
     tokens = jax.random.randint(jax.random.key(1), (rows, length + 1), 0, config.vocabulary)
     mesh = make_mesh("1,1,-1")
     names = {"adamw": "adamw", "moma r=32": "moma:rank=32"}
+    names |= {"moma r=32, orthogonalized": "moma_orthogonal:rank=32"}
+    cold = -(-rounds // 10)
 
     def compiled(spec: str) -> tuple[Callable, Any]:
         with jax.set_mesh(mesh):
@@ -141,14 +143,16 @@ def step(rows: int, length: int, dtype: str, rounds: int) -> Iterator[Row]:
         for name, (own, state) in zip(names, pool.map(compiled, names.values()), strict=True):
             steps[name], states[name] = own, state
     times: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(rounds + 3):
+    for i in range(cold + rounds):
         for name in names:
             started = time.perf_counter()
             states[name], loss, _ = jax.block_until_ready(steps[name](states[name], tokens))
             taken = time.perf_counter() - started
-            if i >= 3:
+            if i >= cold:
                 times[name].append(taken)
-            Console(stderr=True).print(f"round {i - 2} {name}: {taken:.4g} s, loss {loss:.3f}")
+            Console(stderr=True).print(
+                f"round {i + 1 - cold} {name}: {taken:.4g} s, loss {loss:.3f}"
+            )
     reference = np.array(times["adamw"])
     for name, t in times.items():
         ratios = np.array(t) / reference

@@ -25,7 +25,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
 }
 
 
-@pytest.fixture(params=OPTIMIZERS, scope="session")
+@pytest.fixture(params=["moma", "umtam"], scope="session")
 def make(request: pytest.FixtureRequest) -> Callable[..., optax.GradientTransformationExtraArgs]:
     return OPTIMIZERS[request.param]
 
