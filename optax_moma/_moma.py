@@ -30,7 +30,7 @@ from . import _moments as moments
 from ._checks import Scalar, check_decay, check_integer, check_not_negative, check_width
 from ._lowrank import Factors, follow, transposed
 from ._matrix import Layout, contract, divisor, layouts, reshard, unshared
-from ._orthogonal import orthogonalize as orthogonal_factor
+from ._orthogonal import orthogonal_factor
 from ._quantize import Blocks, dequantize, quantize
 from ._tree import (
     at_least_float32,
@@ -172,9 +172,11 @@ def scale_by_moma(
         where Adam moves it by 1: early training has such gradients, and toy problems.
       clip_rms: Largest root mean square of a matrix's update, or of another leaf's, as in
         Adafactor; ``inf`` for none.
-      orthogonalize: Whether the update of a matrix is its orthogonal factor, at an RMS of 0.2: all
-        its directions move alike, as in Muon, whose dense momentum is the low-rank one here. Better
-        in ``experiments/pretrain``, and no longer cheap: five Newton-Schulz iterations take
+      orthogonalize: Whether the update of a matrix is its orthogonal factor,
+        :math:`\Delta \leftarrow 0.2 \sqrt{\max(m, n)} \, (\Delta \Delta^T)^{-1/2} \Delta`, of an
+        RMS of about 0.2, or ``clip_rms`` if that is less: all its directions move alike, as in
+        Muon, whose dense momentum is the low-rank one here. Better in ``experiments/pretrain`` at
+        width 256, and no longer cheap: five Newton-Schulz iterations take
         :math:`5 (4 m^2 n + 2 m^3)` operations for m <= n, where a step of T tokens takes
         :math:`6 T m n`; on meshes they gather each matrix. For hidden layers, as Muon is:
         embeddings and heads have a transformation of their own then, by ``optax.partition``, with
@@ -254,8 +256,9 @@ def scale_by_moma(
     Source: momentum in a warm-started subspace after Ahn et al., "Dion: Distributed Orthonormalized
     Updates", 2025; R, C and the clipping by RMS after Shazeer and Stern, "Adafactor", 2018; the
     residual after Chen et al., "Fira", 2024; the spectral clipping, free where the factors are at
-    hand, after Jiang et al., "Enhancing LLM Training via Spectral Clipping", 2026; the path
-    integral after Zenke et al., "Continual Learning Through Synaptic Intelligence", 2017.
+    hand, after Jiang et al., "Enhancing LLM Training via Spectral Clipping", 2026; orthogonal
+    updates after Jordan et al., "Muon", 2024; the path integral after Zenke et al., "Continual
+    Learning Through Synaptic Intelligence", 2017.
     """
     rank = check_integer("rank", rank, lowest=1)
     min_dim_size_to_factor = check_integer(
@@ -536,8 +539,8 @@ def moma(
       residual: Multiplies the part of the gradient outside the subspace.
       clip_spectral: Largest length of a direction of the momentum, in units of sqrt(max(m, n)).
       clip_rms: Largest root mean square of a matrix's update, or of another leaf's.
-      orthogonalize: Whether to apply the orthogonal factor of a matrix's update, as Muon does:
-        better, and dearer.
+      orthogonalize: Whether to apply the orthogonal factor of a matrix's update, as Muon does, for
+        hidden layers: dearer, and better in the pretraining that was tried.
       power_iterations: Subspace iterations per step.
       weight_dimension_numbers: Which axes of a leaf are fan-in and fan-out. Say it for leaves of
         more than two axes, such as attention heads: :func:`scale_by_moma` has a table.

@@ -21,8 +21,8 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 
 
-def orthogonalize(X: jax.Array) -> jax.Array:
-    """The nearest matrix of singular values about one to each matrix of X (*batch, m, n).
+def orthogonal_factor(X: jax.Array) -> jax.Array:
+    """Each matrix of X (*batch, m, n) with its singular values moved to about one.
 
     It multiplies in the backend's default precision, which is enough for so rough a target. On an
     explicit mesh each device works on whole matrices.
