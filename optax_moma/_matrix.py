@@ -37,13 +37,13 @@ class Layout(NamedTuple):
     def to_matrix(self, x: jax.Array) -> jax.Array:
         """The leaf as an array of shape (*batch, m, n)."""
         x = jnp.transpose(_drop_minor_shardings(x, self), self.batch + self.rows + self.cols)
-        return _reshape(x, self.matrix_shape, self._matrix_spec(x))
+        return reshape(x, self.matrix_shape, self._matrix_spec(x))
 
     def from_matrix(self, x: jax.Array, like: jax.Array) -> jax.Array:
         """The inverse of :meth:`to_matrix`; an explicit sharding comes back as that of ``like``."""
         order = self.batch + self.rows + self.cols
         shape = tuple(self.shape[i] for i in order)
-        x = _reshape(x, shape, self._leaf_spec(x))
+        x = reshape(x, shape, self._leaf_spec(x))
         x = jnp.transpose(x, tuple(order.index(i) for i in range(len(order))))
         return reshard(x, sharding_of(like))
 
@@ -287,7 +287,8 @@ def spec_of(x: jax.Array) -> tuple[Any, ...]:
     return _padded(sharding.spec if sharding else (), x.ndim)
 
 
-def _reshape(x: jax.Array, shape: tuple[int, ...], spec: tuple[Any, ...]) -> jax.Array:
+def reshape(x: jax.Array, shape: tuple[int, ...], spec: tuple[Any, ...]) -> jax.Array:
+    """``x`` in another shape; ``spec`` says how it lies on an explicit mesh then."""
     if x.shape == shape:
         return x
     sharding = sharding_of(x)

@@ -8,15 +8,24 @@ For a matrix W (m, n) with gradient G, at step t, with ``ema_b = b * old + (1 - 
     \hat G &= G \odot P, \quad P = (R C^T / \textstyle\sum R / w_2)^{-1/2} \\
     Q &= orth\big((b_1 U s V^T + (1 - b_1) \hat G) V\big), \quad B = \hat G^T Q \\
     U s V^T &\leftarrow Q Q^T (b_1 U s V^T + (1 - b_1) \hat G) \\
-    \Delta &= U \min(s / w_1, \sqrt{\max(m, n)}) V^T + (\hat G - Q B^T) \\
-    \Delta &\leftarrow \Delta / \max(1, RMS(\Delta))
+    \Delta &= U (s / w_1) V^T + (\hat G - Q B^T) \\
+    \Delta_k &\leftarrow \sqrt{\max(m, n)} \, (\Delta_k \Delta_k^T)^{-1/2} \Delta_k
+    \quad \text{for each block k of 128 rows (or columns) of the shorter side}
 
 P is rank one, so preconditioning scales rows and columns of thin products. The momentum lives in
 the preconditioned space: what its truncation drops is then what matters least for the step. What
 falls outside the subspace is not remembered, but the current gradient's share of it is applied:
-full-rank updates, at no state. No direction of the momentum moves further than it would in an
-orthogonal update of the same RMS, as Muon's is; else the few that all gradients of early training
-share would leave the others nothing of the last line's RMS.
+full-rank updates, at no state. In the end all directions of a block move alike, as in Muon; else
+the few that all gradients of early training share would leave the others next to nothing. Blocks
+make that cheap, and keep it within devices.
+
+Without blocks (``orthogonal_block_size=None``) the last line is
+
+.. math::
+    \Delta &= U \min(s / w_1, \sqrt{\max(m, n)}) V^T + (\hat G - Q B^T) \\
+    \Delta &\leftarrow \Delta / \max(1, RMS(\Delta)) ,
+
+where no direction of the momentum moves further than it would in an orthogonal update.
 """
 
 from typing import Any, NamedTuple
@@ -105,8 +114,6 @@ class _Dense(NamedTuple):
 
 
 _FIELDS = _Matrix._fields + _Dense._fields
-_ORTHOGONAL_RMS = 0.2
-"""About that of AdamW's updates (Liu et al., "Muon is Scalable for LLM Training", 2025)."""
 
 
 class _Hyper(NamedTuple):
@@ -116,9 +123,9 @@ class _Hyper(NamedTuple):
     b2: Scalar
     eps: Scalar
     residual: Scalar
-    clip_spectral: Scalar
     clip_rms: Scalar
-    orthogonalize: bool
+    orthogonal_block_size: int | None
+    clip_spectral: Scalar
     power_iterations: int | jax.Array
     learning_rate: Scalar
     mu_weight: jax.Array
@@ -132,9 +139,9 @@ def scale_by_moma(
     *,
     eps: Scalar = 1e-8,
     residual: Scalar = 1.0,
-    clip_spectral: Scalar = 1.0,
     clip_rms: Scalar = 1.0,
-    orthogonalize: bool = False,
+    orthogonal_block_size: int | None = 128,
+    clip_spectral: Scalar = 1.0,
     power_iterations: int | jax.Array = 1,
     min_dim_size_to_factor: int = 128,
     weight_dimension_numbers: Any = None,
@@ -147,11 +154,11 @@ def scale_by_moma(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescale updates by low-rank momentum of the preconditioned gradient.
 
-    The update is :math:`\Delta / \max(1, RMS(\Delta))` of the equations of :func:`moma`, the
-    optimizer made of it. State of a matrix (m, n): ``(rank + 2) (m + n) + rank`` numbers, with
-    saliency. A leaf that is no matrix gets Adam's moments, the same relative ``eps`` and
-    ``clip_rms``, taken over the whole leaf. A matrix of a stack (see ``weight_dimension_numbers``)
-    is updated as if it were a leaf of its own.
+    The update is :math:`\Delta` of the equations of :func:`moma`, the optimizer made of it. State
+    of a matrix (m, n): ``(rank + 2) (m + n) + rank`` numbers, with saliency. A leaf that is no
+    matrix gets Adam's moments, the same relative ``eps`` and ``clip_rms``, taken over the whole
+    leaf. A matrix of a stack (see ``weight_dimension_numbers``) is updated as if it were a leaf of
+    its own.
 
     A gradient that is not finite makes its whole leaf so, for good: the momentum mixes all entries.
     Where losses may overflow wrap the optimizer in ``optax.apply_if_finite``. A finite gradient
@@ -166,21 +173,21 @@ def scale_by_moma(
         one. Relative: a loss multiplied by a constant gives the same updates; an entry that once
         had a gradient ``eps**-0.5`` times the others' holds them back while it is remembered.
       residual: Multiplies the part of the gradient outside the subspace; 0 leaves it out.
-      clip_spectral: Largest length of one of the momentum's directions (they converge to singular
-        values), in units of :math:`\sqrt{\max(m, n)}`; ``inf`` for none. So a gradient of a single
-        direction moves its leaf by an RMS of :math:`1 / \sqrt{\min(m, n)}` of the rate, as in Muon,
-        where Adam moves it by 1: early training has such gradients, and toy problems.
       clip_rms: Largest root mean square of a matrix's update, or of another leaf's, as in
-        Adafactor; ``inf`` for none.
-      orthogonalize: Whether the update of a matrix is its orthogonal factor,
-        :math:`\Delta \leftarrow 0.2 \sqrt{\max(m, n)} \, (\Delta \Delta^T)^{-1/2} \Delta`, of an
-        RMS of about 0.2, or ``clip_rms`` if that is less: all its directions move alike, as in
-        Muon, whose dense momentum is the low-rank one here. Better in ``experiments/pretrain`` at
-        width 256, and no longer cheap: five Newton-Schulz iterations take
-        :math:`5 (4 m^2 n + 2 m^3)` operations for m <= n, where a step of T tokens takes
-        :math:`6 T m n`; on meshes they gather each matrix. For hidden layers, as Muon is:
-        embeddings and heads have a transformation of their own then, by ``optax.partition``, with
-        ``clip_spectral=inf``.
+        Adafactor; ``inf`` for none. An orthogonalized update has about 1, or ``clip_rms`` if that
+        is less.
+      orthogonal_block_size: Rows (or columns) of the shorter side that an orthogonalized block has
+        at most; the side is cut into a power of two of equal blocks. All directions of a block move
+        alike, as in Muon, whose dense momentum is the low-rank one here. A block of b rows costs
+        about :math:`4 b m n + 20 b^2 \min(m, n)` operations for the matrix, where a step of T
+        tokens takes :math:`6 T m n`; larger blocks make better updates (``experiments/pretrain``).
+        On meshes blocks that lie within a device stay there, and others are gathered. None: updates
+        are not orthogonalized, but their momentum's directions clipped, and their RMS; that is a
+        little faster, and behind in pretraining.
+      clip_spectral: Without blocks, the largest length of one of the momentum's directions (they
+        converge to singular values), in units of :math:`\sqrt{\max(m, n)}`; ``inf`` for none. So a
+        gradient of a single direction moves its leaf by an RMS of :math:`1 / \sqrt{\min(m, n)}` of
+        the rate, as in Muon, where Adam moves it by 1: early training has such gradients.
       power_iterations: Subspace iterations per step, >= 1, of two thin products with the gradient
         each. More follow the momentum's best rank-r part more closely.
       min_dim_size_to_factor: A matrix with fewer rows or columns is kept with Adam's dense moments,
@@ -238,12 +245,14 @@ def scale_by_moma(
       An ``optax.GradientTransformationExtraArgs``. It needs no params.
 
     Raises:
-      ValueError: rank < 1, b1 or b2 outside [0, 1), a negative eps, residual, clip_spectral or
-        clip_rms, dimension numbers that do not fit a leaf, an error_dtype that is none of these.
-      TypeError: rank or min_dim_size_to_factor is not a Python integer. They fix shapes: under
-        ``optax.inject_hyperparams`` name them in ``static_args``. Or b1, b2 or eps is an array of
-        a type narrower than float32, in which 0.999 is 1 and nothing trains: inject_hyperparams
-        makes them of the gradients' type unless it is given ``hyperparam_dtype=jnp.float32``.
+      ValueError: rank < 1, b1 or b2 outside [0, 1), a negative eps, residual, clip_rms or
+        clip_spectral, orthogonal_block_size < 1, dimension numbers that do not fit a leaf, an
+        error_dtype that is none of these.
+      TypeError: rank, min_dim_size_to_factor or orthogonal_block_size is not a Python integer. They
+        fix shapes: under ``optax.inject_hyperparams`` name them in ``static_args``. Or b1, b2 or
+        eps is an array of a type narrower than float32, in which 0.999 is 1 and nothing trains:
+        inject_hyperparams makes them of the gradients' type unless it is given
+        ``hyperparam_dtype=jnp.float32``.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_moma as om
@@ -255,10 +264,10 @@ def scale_by_moma(
 
     Source: momentum in a warm-started subspace after Ahn et al., "Dion: Distributed Orthonormalized
     Updates", 2025; R, C and the clipping by RMS after Shazeer and Stern, "Adafactor", 2018; the
-    residual after Chen et al., "Fira", 2024; the spectral clipping, free where the factors are at
-    hand, after Jiang et al., "Enhancing LLM Training via Spectral Clipping", 2026; orthogonal
-    updates after Jordan et al., "Muon", 2024; the path integral after Zenke et al., "Continual
-    Learning Through Synaptic Intelligence", 2017.
+    residual after Chen et al., "Fira", 2024; orthogonal updates after Jordan et al., "Muon", 2024,
+    their blocks after Khaled et al., "MuonBP", 2025; the spectral clipping, free where the factors
+    are at hand, after Jiang et al., "Enhancing LLM Training via Spectral Clipping", 2026; the path
+    integral after Zenke et al., "Continual Learning Through Synaptic Intelligence", 2017.
     """
     rank = check_integer("rank", rank, lowest=1)
     min_dim_size_to_factor = check_integer(
@@ -271,8 +280,12 @@ def scale_by_moma(
     check_width("eps", eps)
     check_not_negative("eps", eps)
     check_not_negative("residual", residual)
-    check_not_negative("clip_spectral", clip_spectral)
     check_not_negative("clip_rms", clip_rms)
+    if orthogonal_block_size is not None:
+        orthogonal_block_size = check_integer(
+            "orthogonal_block_size", orthogonal_block_size, lowest=1
+        )
+    check_not_negative("clip_spectral", clip_spectral)
     _check_dtype("error_dtype", error_dtype, jnp.float32, jnp.bfloat16, jnp.int8)
     _check_dtype("mu_dtype", mu_dtype, jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16)
     _check_dtype("nu_dtype", nu_dtype, jnp.float64, jnp.float32)
@@ -328,7 +341,8 @@ def scale_by_moma(
         plain = unboxed(updates)
         rate: Any = learning_rate(state.count) if callable(learning_rate) else learning_rate
         hyper = _Hyper(
-            b1, b2, eps, residual, clip_spectral, clip_rms, orthogonalize, power_iterations, rate,
+            b1, b2, eps, residual, clip_rms, orthogonal_block_size, clip_spectral,
+            power_iterations, rate,
             mu_weight=moments.ema(state.mu_weight, jnp.ones((), jnp.float32), b1),
             nu_weight=moments.ema(state.nu_weight, jnp.ones((), jnp.float32), b2),
         )  # fmt: skip
@@ -359,6 +373,7 @@ def _matrix_step(
     g: jax.Array, state: _Matrix, layout: Layout, hyper: _Hyper
 ) -> tuple[jax.Array, _Matrix]:
     b1, w1 = hyper.b1, hyper.mu_weight
+    orthogonal = hyper.orthogonal_block_size is not None
     wide = at_least_float32(g.dtype)
     G = layout.to_matrix(g).astype(wide)
     U, s, V, R, C = (x.astype(wide) for x in state[:5])
@@ -379,13 +394,15 @@ def _matrix_step(
         )
         B = inside / (1 - b1)
         lengths = _lengths(factors.s, layout, hyper)
-        total = _norm(unshared(p) * G * unshared(q))
-        outside = hyper.residual * jnp.sqrt(jnp.maximum(total**2 - _norm(B) ** 2, 0))
-        # U (lengths V^T) + residual (G' - U B), whose norm is known before it is formed.
-        norm = jnp.hypot(jnp.linalg.norm(lengths, axis=-1)[..., None, None], outside)
-        clip = _clip(norm, layout, hyper.clip_rms)
-        K = clip * (transposed(factors.V) * lengths[..., None] - hyper.residual * B)
-        high = clip * hyper.residual * p
+        # U (lengths V^T) + residual (G' - U B)
+        K = transposed(factors.V) * lengths[..., None] - hyper.residual * B
+        high = hyper.residual * p
+        if not orthogonal:  # its norm is known before it is formed
+            total = _norm(unshared(p) * G * unshared(q))
+            outside = hyper.residual * jnp.sqrt(jnp.maximum(total**2 - _norm(B) ** 2, 0))
+            norm = jnp.hypot(jnp.linalg.norm(lengths, axis=-1)[..., None, None], outside)
+            clip = _clip(norm, layout, hyper.clip_rms)
+            K, high = clip * K, clip * high
         step, error = contract("mr,rn->mn", factors.U, K) + high * G * q, state.error
         # The sums of G * step, from thin products: read for them, step would have to be stored.
         by_col, by_row = _weighted_square(q, G), _weighted_square(high, G)
@@ -409,14 +426,16 @@ def _matrix_step(
         )
         missed = b1 * before + A - held
         step = applied + hyper.residual / w1 * missed
-        step = step * _clip(_norm(step), layout, hyper.clip_rms)
+        if not orthogonal:
+            step = step * _clip(_norm(step), layout, hyper.clip_rms)
         rows, cols = moments.row_sums(G * step), moments.col_sums(G * step)
         error = quantize(missed) if isinstance(state.error, Blocks) else missed
 
-    if hyper.orthogonalize:  # what was made of the step above is then not computed
-        size = jnp.minimum(_ORTHOGONAL_RMS, hyper.clip_rms) * max(layout.matrix_shape[-2:]) ** 0.5
-        step = size * orthogonal_factor(step)
-        rows, cols = moments.row_sums(G * step), moments.col_sums(G * step)
+    if hyper.orthogonal_block_size is not None:  # the sums above are then not computed
+        size = jnp.minimum(1, hyper.clip_rms) * max(layout.matrix_shape[-2:]) ** 0.5
+        step = size * orthogonal_factor(step, hyper.orthogonal_block_size)
+        rows = moments.row_sums(G * step)
+        cols = moments.col_sums(unshared(G) * unshared(step))
 
     rate = hyper.learning_rate
     return layout.from_matrix(step, g).astype(g.dtype), _Matrix(
@@ -462,9 +481,11 @@ def _decode(error: Any, dtype: DTypeLike) -> jax.Array:
 
 
 def _lengths(s: jax.Array, layout: Layout, hyper: _Hyper) -> jax.Array:
-    """How far the momentum's directions move: their averages, none beyond ``clip_spectral``."""
-    largest = hyper.clip_spectral * max(layout.matrix_shape[-2:]) ** 0.5
-    return jnp.minimum(s / hyper.mu_weight, largest)
+    """How far the momentum's directions move: their averages, which blocks limit by themselves."""
+    average = s / hyper.mu_weight
+    if hyper.orthogonal_block_size is not None:
+        return average
+    return jnp.minimum(average, hyper.clip_spectral * max(layout.matrix_shape[-2:]) ** 0.5)
 
 
 def _clip(norm: jax.Array, layout: Layout, clip_rms: Scalar) -> jax.Array:
@@ -498,9 +519,9 @@ def moma(
     mask: Any = None,
     eps: Scalar = 1e-8,
     residual: Scalar = 1.0,
-    clip_spectral: Scalar = 1.0,
     clip_rms: Scalar = 1.0,
-    orthogonalize: bool = False,
+    orthogonal_block_size: int | None = 128,
+    clip_spectral: Scalar = 1.0,
     power_iterations: int | jax.Array = 1,
     weight_dimension_numbers: Any = None,
     saliency: bool = True,
@@ -521,8 +542,10 @@ def moma(
         \hat G &= G \odot (R C^T / (w_2 \textstyle\sum R))^{-1/2} \\
         U s V^T &\leftarrow Q Q^T (b_1 U s V^T + (1 - b_1) \hat G), \quad
         Q = orth((b_1 U s V^T + (1 - b_1) \hat G) V) \\
-        \Delta &= U \min(s / w_1, \sqrt{\max(m, n)}) V^T + (I - Q Q^T) \hat G \\
-        W &\leftarrow W - \eta (\Delta / \max(1, RMS(\Delta)) + \lambda W)
+        \Delta &= U (s / w_1) V^T + (I - Q Q^T) \hat G \\
+        \Delta_k &\leftarrow \sqrt{\max(m, n)} \, (\Delta_k \Delta_k^T)^{-1/2} \Delta_k
+        \quad \text{for each block k of rows or columns, of the shorter side} \\
+        W &\leftarrow W - \eta (\Delta + \lambda W)
 
     State of a matrix: ``(rank + 2) (m + n) + rank`` numbers, saliency included; AdamW holds
     ``2 m n``. All other leaves get Adam's moments. Learning rates are those of AdamW.
@@ -537,10 +560,11 @@ def moma(
       mask: Where to decay: a tree of booleans, or a callable from parameters to one.
       eps: See :func:`scale_by_moma`, as for all arguments that follow.
       residual: Multiplies the part of the gradient outside the subspace.
-      clip_spectral: Largest length of a direction of the momentum, in units of sqrt(max(m, n)).
       clip_rms: Largest root mean square of a matrix's update, or of another leaf's.
-      orthogonalize: Whether to apply the orthogonal factor of a matrix's update, as Muon does, for
-        hidden layers: dearer, and better in the pretraining that was tried.
+      orthogonal_block_size: Rows (or columns) of the shorter side that are made orthogonal to each
+        other in an update; None to clip instead.
+      clip_spectral: Without blocks, the largest length of a direction of the momentum, in units of
+        sqrt(max(m, n)).
       power_iterations: Subspace iterations per step.
       weight_dimension_numbers: Which axes of a leaf are fan-in and fan-out. Say it for leaves of
         more than two axes, such as attention heads: :func:`scale_by_moma` has a table.
@@ -556,10 +580,10 @@ def moma(
 
     Raises:
       ValueError: An argument out of its range; see :func:`scale_by_moma`. A negative weight_decay.
-      TypeError: rank or min_dim_size_to_factor is not a Python integer. Under
-        ``optax.inject_hyperparams`` name them in ``static_args``, as well as callables and dtypes.
-        Or b1, b2 or eps is an array of a type narrower than float32, as inject_hyperparams makes
-        them for gradients in bfloat16 unless it is given ``hyperparam_dtype=jnp.float32``.
+      TypeError: rank, min_dim_size_to_factor or orthogonal_block_size is not a Python integer.
+        Under ``optax.inject_hyperparams`` name them in ``static_args``, as well as callables and
+        dtypes. Or b1, b2 or eps is an array of a type narrower than float32, as inject_hyperparams
+        makes them for gradients in bfloat16 unless it is given ``hyperparam_dtype=jnp.float32``.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, optax_moma as om
@@ -587,9 +611,9 @@ def moma(
             b2,
             eps=eps,
             residual=residual,
-            clip_spectral=clip_spectral,
             clip_rms=clip_rms,
-            orthogonalize=orthogonalize,
+            orthogonal_block_size=orthogonal_block_size,
+            clip_spectral=clip_spectral,
             power_iterations=power_iterations,
             min_dim_size_to_factor=min_dim_size_to_factor,
             weight_dimension_numbers=weight_dimension_numbers,

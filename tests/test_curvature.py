@@ -159,7 +159,11 @@ def test_in_masked(optimizer):
 
 
 INJECTED = {
-    "moma": (om.moma, {"rank": 2, "min_dim_size_to_factor": 8}, factored_moments),
+    "moma": (
+        om.moma,
+        {"rank": 2, "min_dim_size_to_factor": 8, "orthogonal_block_size": 128},
+        factored_moments,
+    ),
     "umtam": (om.umtam, {"rank": 2}, lambda grads: factored_moments(grads, 1e-8)),
     "adamw": (optax.adamw, {}, dense_moments),
 }

@@ -14,8 +14,10 @@ import optax_moma as om
 from optax_moma._quantize import BLOCK, Blocks
 
 SMALL = {"min_dim_size_to_factor": 1}
-UNCLIPPED = SMALL | {"clip_spectral": np.inf, "clip_rms": np.inf}
+CLIPPED = SMALL | {"orthogonal_block_size": None}
+PLAIN = CLIPPED | {"clip_spectral": np.inf, "clip_rms": np.inf}
 RANK_3 = om.scale_by_moma(3, **SMALL)
+RULES = {"blocks": RANK_3, "clipped": om.scale_by_moma(3, **CLIPPED)}
 
 
 def draws(*shape: int, steps: int = 10, seed: int = 0, dtype=np.float32) -> list[np.ndarray]:
@@ -106,7 +108,7 @@ def test_ten_steps_are_the_equations(shape, settings, x64):
     rows, cols = np.zeros(shape[0]), np.zeros(shape[1])
     rtol, dtype = (1e-6, np.float64) if x64 else (2e-5, np.float32)  # weights are float32
     with jax.enable_x64(True) if x64 else nullcontext():
-        tx = om.scale_by_moma(4, learning_rate=rate, **settings, **SMALL)
+        tx = om.scale_by_moma(4, learning_rate=rate, **settings, **CLIPPED)
         grads = draws(*shape, dtype=dtype)
         exact = Transcript(tx.init(grads[0]).V, shape[0], **settings)
         updates, state = run(tx, grads)
@@ -180,26 +182,29 @@ def test_saliency_can_be_left_out():
 # Identities
 
 
-def test_permutations_commute():
-    grads = draws(8, 11)
+@pytest.mark.parametrize("rule", RULES)
+def test_permutations_commute(rule):
+    grads, tx = draws(8, 11), RULES[rule]
     rng = np.random.default_rng(0)
     rows, cols = rng.permutation(8), rng.permutation(11)
     shuffle = lambda x: np.asarray(x)[rows][:, cols]
-    plain, state = run(RANK_3, grads)
-    start = RANK_3.init(grads[0])
-    mixed, mixed_state = run(RANK_3, [shuffle(g) for g in grads], start._replace(V=start.V[cols]))
+    plain, state = run(tx, grads)
+    start = tx.init(grads[0])
+    mixed, mixed_state = run(tx, [shuffle(g) for g in grads], start._replace(V=start.V[cols]))
     for a, b in zip(mixed, plain, strict=True):
         assert_close(a, shuffle(b))
     assert_close(momentum(mixed_state), shuffle(momentum(state)))
     assert_close(mixed_state.saliency_col, np.asarray(state.saliency_col)[cols])
 
 
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
-def test_the_scale_of_the_loss_does_not_matter(scale):
+def test_the_scale_of_the_loss_does_not_matter(scale, rule):
+    tx = RULES[rule]
     grads = [{"w": w, "b": b} for w, b in zip(draws(8, 11), draws(5), strict=True)]
     scaled = [jax.tree.map(lambda x: x * np.float32(scale), g) for g in grads]
-    plain, _ = run(RANK_3, grads)
-    other, _ = run(RANK_3, scaled)
+    plain, _ = run(tx, grads)
+    other, _ = run(tx, scaled)
     for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(plain), strict=True):
         assert_close(a, b, 1e-4)
 
@@ -209,7 +214,7 @@ def test_gradients_of_rank_one_are_kept_exactly(rank):
     u, v = draws(9)[0], draws(12)[1]
     sizes = [1.0, 3.0, 0.2, 5.0, 1.0, 0.01, 2.0, 1.0]
     grads = [np.outer(size * u, v).astype(np.float32) for size in sizes]
-    updates, state = run(om.scale_by_moma(rank, **UNCLIPPED), grads)
+    updates, state = run(om.scale_by_moma(rank, **PLAIN), grads)
     exact = Transcript(np.zeros((12, 1)), 9)
     average = np.zeros((9, 12))
     for t, (g, update) in enumerate(zip(grads, updates, strict=True), start=1):
@@ -221,7 +226,7 @@ def test_gradients_of_rank_one_are_kept_exactly(rank):
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6), (6, 6)])
 def test_at_full_rank_the_momentum_is_the_dense_average(shape):
     grads = draws(*shape)
-    updates, state = run(om.scale_by_moma(20, **UNCLIPPED), grads)
+    updates, state = run(om.scale_by_moma(20, **PLAIN), grads)
     exact, average = Transcript(np.zeros((shape[1], 1)), shape[0]), np.zeros(shape)
     for g in grads:
         average = 0.9 * average + 0.1 * exact.preconditioned(np.asarray(g, np.float64))
@@ -236,7 +241,7 @@ def test_at_full_rank_the_momentum_is_the_dense_average(shape):
 def test_with_an_error_buffer_it_is_dense_momentum(error_dtype, rtol):
     """As Adafactor with momentum; the buffer's type bounds the difference."""
     grads = draws(8, 11)
-    updates, state = run(om.scale_by_moma(2, error_dtype=error_dtype, **UNCLIPPED), grads)
+    updates, state = run(om.scale_by_moma(2, error_dtype=error_dtype, **PLAIN), grads)
     exact, average = Transcript(np.zeros((11, 1)), 8), np.zeros((8, 11))
     for t, (g, update) in enumerate(zip(grads, updates, strict=True), start=1):
         average = 0.9 * average + 0.1 * exact.preconditioned(np.asarray(g, np.float64))
@@ -251,7 +256,7 @@ def test_with_an_error_buffer_it_is_dense_momentum(error_dtype, rtol):
 
 
 def test_with_an_error_buffer_and_no_residual_it_applies_the_rank_r_part():
-    tx = om.scale_by_moma(2, residual=0.0, error_dtype=jnp.float32, **UNCLIPPED)
+    tx = om.scale_by_moma(2, residual=0.0, error_dtype=jnp.float32, **PLAIN)
     updates, state = run(tx, draws(8, 11))
     assert np.linalg.matrix_rank(np.asarray(updates[-1]), tol=1e-4) == 2
     assert_close(updates[-1], momentum(state) / (1 - 0.9**10), 1e-5)
@@ -276,7 +281,7 @@ def test_no_direction_of_the_momentum_moves_further_than_in_an_orthogonal_update
     rng = np.random.default_rng(0)
     u, v = (np.linalg.qr(rng.choice([-1.0, 1.0], size=(size, 6)))[0][:, :3] for size in shape)
     g = np.asarray(u * [4.0, 2.0, 1e-2] @ v.T, np.float32)
-    settings = {"error_dtype": error_dtype, "clip_rms": np.inf} | SMALL
+    settings = {"error_dtype": error_dtype, "clip_rms": np.inf} | CLIPPED
     (*_, clipped), state = run(om.scale_by_moma(3, **settings), [g] * 30)
     (*_, free), _ = run(om.scale_by_moma(3, clip_spectral=np.inf, **settings), [g] * 30)
     (left, values, right), largest = np.linalg.svd(free, full_matrices=False), 30**0.5
@@ -293,14 +298,18 @@ def stacked_start(tx, grads, state):
     return [tx.init(grads)._replace(V=V) for V in state.V]
 
 
-@pytest.mark.parametrize("clip_rms", [1.0, 0.3], ids=["default clip", "clip"])
+@pytest.mark.parametrize(
+    "rule",
+    [{}, {"orthogonal_block_size": 5}, CLIPPED, CLIPPED | {"clip_rms": 0.3}],
+    ids=["default", "blocks", "clipped", "clipped further"],
+)
 @pytest.mark.parametrize("error_dtype", [None, jnp.int8])
-def test_a_stack_is_its_layers(error_dtype, clip_rms):
+def test_a_stack_is_its_layers(error_dtype, rule):
     """Clipped one by one, too: of the first the gradients have rank one, which is cut further."""
     grads = draws(3, 8, 11)
     for g in grads:
         g[0] = g[0, :, :1] * g[0, :1]
-    settings = {"error_dtype": error_dtype, "clip_rms": clip_rms, "min_dim_size_to_factor": 8}
+    settings = rule | {"error_dtype": error_dtype, "min_dim_size_to_factor": 8}
     tx = om.scale_by_moma(2, **settings)
     start = tx.init(grads[0])
     together, state = run(tx, grads)
@@ -315,7 +324,7 @@ def test_a_stack_is_its_layers(error_dtype, clip_rms):
 @pytest.mark.parametrize("error_dtype", [None, jnp.float32])
 def test_every_matrix_of_a_stack_is_clipped_by_its_own_rms(error_dtype):
     (g,) = draws(3, 8, 11, steps=1)
-    settings = {"error_dtype": error_dtype, "min_dim_size_to_factor": 8}
+    settings = CLIPPED | {"error_dtype": error_dtype, "min_dim_size_to_factor": 8}
     (free,), _ = run(om.scale_by_moma(2, clip_rms=np.inf, **settings), [g])
     (clipped,), _ = run(om.scale_by_moma(2, clip_rms=0.1, **settings), [g])
     assert len({round(rms(layer), 3) for layer in free}) == 3  # else one factor would do
@@ -510,6 +519,8 @@ BAD = [
     ({"rank": jnp.array(4)}, TypeError, "rank"),
     ({"min_dim_size_to_factor": 0}, ValueError, "min_dim_size_to_factor"),
     ({"min_dim_size_to_factor": 1.5}, TypeError, "min_dim_size_to_factor"),
+    ({"orthogonal_block_size": 0}, ValueError, "orthogonal_block_size"),
+    ({"orthogonal_block_size": jnp.array(4)}, TypeError, "orthogonal_block_size"),
     ({"b1": 1.0}, ValueError, "b1"),
     ({"b1": -0.1}, ValueError, "b1"),
     ({"b1": np.float32(1.5)}, ValueError, "b1"),

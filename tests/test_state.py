@@ -260,7 +260,8 @@ def test_specs_of_multi_steps():
 
 
 def test_specs_of_inject_hyperparams():
-    injected = optax.inject_hyperparams(om.moma, static_args=("rank", "min_dim_size_to_factor"))
+    static = ("rank", "min_dim_size_to_factor", "orthogonal_block_size")
+    injected = optax.inject_hyperparams(om.moma, static_args=static)
     tx = injected(1e-3, rank=2, min_dim_size_to_factor=8)
     found = om.state_partition_specs(tx, SHAPES, SPECS)
     assert_specs(found.inner_state, (MOMA, EMPTY, EMPTY))

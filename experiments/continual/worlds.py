@@ -77,7 +77,7 @@ class World(Protocol):
 def optimizer(name: str, rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     """No weight decay: it would pull every expert the same way."""
     if name == "moma":
-        tx = om.moma(rate, RANK)
+        tx = om.moma(rate, RANK, orthogonal_block_size=None)
     elif name == "adamw":
         tx = optax.adamw(rate, weight_decay=0.0)
     else:

@@ -112,7 +112,7 @@ def logits(params: Params, x: jax.Array) -> jax.Array:
 def fit(params: Params, x: jax.Array, y: jax.Array, steps: int, key: jax.Array) -> Any:
     """Trains on rows drawn from (n, 64) images; returns the params and the curvature."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, RATE, steps // 10, steps)
-    tx = om.moma(schedule, rank=16)
+    tx = om.moma(schedule, rank=16, orthogonal_block_size=None)
 
     def loss(params: Params, rows: jax.Array) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(

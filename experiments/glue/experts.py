@@ -130,16 +130,26 @@ NO_RATE = optax.constant_schedule(0.0)
 """For the shapes of a state, which no rate changes."""
 
 
+MOMA = {"moma": None, "orthogonal": 128}
+"""By name, the block size of its orthogonal updates."""
+
+
 def optimizer(recipe: Recipe, rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     """No weight decay: it would add the same drift to every expert."""
-    if recipe.optimizer == "moma":
-        tx = om.moma(rate, rank=recipe.rank, b2=recipe.b2)
+    if recipe.optimizer in MOMA:
+        tx = om.moma(
+            rate,
+            rank=recipe.rank,
+            b2=recipe.b2,
+            orthogonal_block_size=MOMA[recipe.optimizer],
+        )
     elif recipe.optimizer == "adamw":
         tx = optax.adamw(rate, b2=recipe.b2, weight_decay=0.0)
     elif recipe.optimizer == "umtam":
         tx = om.umtam(rate, rank=recipe.rank, b2=recipe.b2)
     else:
-        raise ValueError(f"optimizer must be moma, adamw or umtam, got {recipe.optimizer!r}.")
+        names = ", ".join(MOMA)
+        raise ValueError(f"optimizer must be {names}, adamw or umtam, got {recipe.optimizer!r}.")
     return optax.chain(optax.clip_by_global_norm(1.0), tx)
 
 
@@ -154,7 +164,7 @@ def saliency_of(opt_state: Any, recipe: Recipe) -> Any:
     moma: row and column sums of the decrease of the loss, and the decrease of each entry of leaves
     that are no matrices. umtam: the paper's dense S of matrices. AdamW: nothing.
     """
-    if recipe.optimizer == "moma":
+    if recipe.optimizer in MOMA:
         names = ("saliency_row", "saliency_col", "saliency")
     elif recipe.optimizer == "umtam":
         names = ("saliency",)
@@ -270,7 +280,7 @@ def train(study: Study, recipe: Recipe) -> tuple[Expert, dict[str, Any]]:
             params, opt_state, numbers, tokens, targets, np.int32(task.kind.classes)
         )
         losses.append(value)
-        if recipe.optimizer == "moma" and i in marks:
+        if recipe.optimizer in MOMA and i in marks:
             history.append(jax.tree.map(jnp.copy, curvature_of(opt_state, params, recipe)))
     statistics = Statistics(
         curvature_of(opt_state, params, recipe), saliency_of(opt_state, recipe), history
@@ -292,7 +302,7 @@ def template(study: Study, recipe: Recipe) -> Any:
         params = initial_params(study.encoder, recipe)
         opt_state = optimizer(recipe, NO_RATE).init(params)
         curvature = curvature_of(opt_state, params, recipe)
-        history = [curvature] * (SNAPSHOTS - 1) if recipe.optimizer == "moma" else []
+        history = [curvature] * (SNAPSHOTS - 1) if recipe.optimizer in MOMA else []
         statistics = Statistics(curvature, saliency_of(opt_state, recipe), history)
         return Expert(params["encoder"], params["head"], statistics)
 

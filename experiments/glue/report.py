@@ -24,7 +24,7 @@ COLOURS = {
     "dense S of the paper": "C4",
     "random": "0.6",
 }
-OPTIMIZERS = ("moma", "adamw", "umtam")
+OPTIMIZERS = ("moma", "adamw", "umtam", "orthogonal")
 """The order of the tables, whatever the order in which results came."""
 REFERENCE = "moma"
 """The merge with which the others are compared, set by set and seed by seed."""

@@ -34,7 +34,7 @@ app = typer.Typer(help=__doc__, add_completion=False, no_args_is_help=True)
 
 Tasks = Annotated[list[str], typer.Option("--task", help="Repeat for several; all by default.")]
 Optimizers = Annotated[
-    list[str], typer.Option("--optimizer", help="moma, adamw or umtam; repeat for several.")
+    list[str], typer.Option("--optimizer", help="moma, orthogonal, adamw or umtam; several.")
 ]
 Seeds = Annotated[list[int], typer.Option("--seed", min=0, help="Repeat for several.")]
 Methods = Annotated[list[str], typer.Option("--method", help="Names of the table; all by default.")]

@@ -102,7 +102,12 @@ def optimizer(setting: Setting, rate: optax.Schedule) -> optax.GradientTransform
         tx = optax.adamw(rate, B1, weight_decay=setting.weight_decay)
     elif setting.optimizer == "moma":
         tx = om.moma(
-            rate, RANK, B1, min_dim_size_to_factor=SMALLEST, weight_decay=setting.weight_decay
+            rate,
+            RANK,
+            B1,
+            min_dim_size_to_factor=SMALLEST,
+            weight_decay=setting.weight_decay,
+            orthogonal_block_size=None,
         )
     else:
         raise ValueError(f"optimizer must be sgd, adamw or moma, got {setting.optimizer!r}.")

@@ -6,8 +6,8 @@ An optimizer is written as its name and its own arguments, e.g. ``moma:rank=16,r
 """
 
 import ast
+import functools
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -64,22 +64,6 @@ def muon(beta: float = 0.95) -> optax.GradientTransformation:
     )
 
 
-def orthogonal(
-    learning_rate: optax.ScalarOrSchedule, rank: int = 16
-) -> optax.GradientTransformation:
-    """`moma` with orthogonalized updates for the kernels; for embeddings, whose directions are
-    those of words, without a limit to how far one moves.
-    """
-    label = lambda is_kernel: "kernel" if is_kernel else "other"  # noqa: E731
-    return optax.partition(
-        {
-            "kernel": om.scale_by_moma(rank, learning_rate=learning_rate, orthogonalize=True),
-            "other": om.scale_by_moma(rank, learning_rate=learning_rate, clip_spectral=math.inf),
-        },
-        lambda params: jax.tree.map(label, named(params, "kernel")),
-    )
-
-
 SCALINGS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adamw": optax.scale_by_adam,
     "adafactor": adafactor,
@@ -87,7 +71,7 @@ SCALINGS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "galore": optax.contrib.scale_by_galore,
     "umtam": om.scale_by_umtam,
     "moma": om.scale_by_moma,
-    "moma_orthogonal": orthogonal,
+    "moma_clipped": functools.partial(om.scale_by_moma, orthogonal_block_size=None),
 }
 
 

@@ -44,7 +44,8 @@ NOTE = (
 )
 COLOURS = {
     "moma": "C0",
-    "moma:b1=0.98": "C9",
+    "moma_clipped": "C9",
+    "moma_clipped:b1=0.98": "#9edae5",
     "adamw": "C3",
     "adamw:b1=0.5,b2=0.95": "C1",
     "adamw:b2=0.95": "C6",

@@ -55,8 +55,14 @@ RATES = (1e-3, 2e-3, 4e-3)
 REACH = 4
 """How far beyond the grid a best rate is followed."""
 
-MOMA, LEAN = "moma:rank=16", "moma:rank=4"
-FIRST = ("adamw", MOMA, "adafactor", LEAN, "muon", "galore:rank=16", "galore:rank=4")
+MOMA, LEAN, CLIPPED = "moma:rank=16", "moma:rank=4", "moma_clipped:rank=16"
+FINALISTS = (
+    MOMA, "moma:rank=8", LEAN, "adamw", "adafactor", "adamw:b1=0.5,b2=0.95", CLIPPED, "muon",
+    "moma_clipped:rank=8", "moma_clipped:rank=16,b1=0.98",
+)  # fmt: skip
+PEERS = ("galore:rank=16", "galore:rank=8", "moma_clipped:rank=4")
+BLOCKS = tuple(f"{MOMA},orthogonal_block_size={size}" for size in (32, 64, 256))
+FIRST = (MOMA, LEAN, "adamw", "adafactor", "muon", CLIPPED, "moma_clipped:rank=4", "galore:rank=16")
 BETAS = (
     "adamw:b2=0.95", "adamw:b1=0.8,b2=0.95", "adamw:b1=0.5,b2=0.95", "adamw:b1=0.0,b2=0.95",
     "moma:rank=16,b2=0.95", "moma:rank=16,b1=0.95", "moma:rank=16,b1=0.98", "moma:rank=16,b1=0.5",
@@ -64,14 +70,12 @@ BETAS = (
 )  # fmt: skip
 """Four for AdamW as for moma, and all there is for Adafactor."""
 PARTS = tuple(
-    f"moma:rank=16,{part}"
+    f"{MOMA},{part}"
     for part in (
-        "residual=0.0", "residual=0.5", "clip_spectral=1e9", "clip_spectral=0.5",
-        "clip_spectral=2.0", "clip_rms=1e9", "power_iterations=2", "mu_dtype=bfloat16",
-        "error_dtype=float32", "error_dtype=bfloat16", "error_dtype=int8",
+        "orthogonal_block_size=None", "residual=0.0", "residual=0.5", "power_iterations=2",
+        "mu_dtype=bfloat16", "error_dtype=float32", "error_dtype=bfloat16", "error_dtype=int8",
     )
 )  # fmt: skip
-FINALISTS = ("adamw", MOMA, "adafactor", "moma:rank=8", "adamw:b1=0.5,b2=0.95", "muon")
 RANKS = tuple(f"moma:rank={r}" for r in (32, 64, 128))
 
 
@@ -98,32 +102,37 @@ W128 = Config(vocabulary=1024, width=128, layers=4, length=256, batch=8, steps=4
 W256 = Config(vocabulary=1024, width=256, layers=4, length=256, batch=8, steps=500, save_every=100)
 W512 = Config(vocabulary=1024, width=512, layers=6, length=256, batch=8, steps=600, save_every=50)
 STAGES = (
-    Stage("tune", W128, FIRST[:4], (0,)),
-    Stage("tune", W256, FINALISTS[:4], (0,)),
-    Stage("seeds", W256, FINALISTS[:4], (0, 1, 2)),
-    Stage("betas", W256, ("moma:rank=16,b1=0.98", "moma:rank=16,b1=0.95"), (0, 1, 2)),
-    Stage("peers", W256, ("galore:rank=16", "galore:rank=8", LEAN), (0, 1, 2)),
-    Stage("peers", W256, ("galore:rank=16,update_proj_gap=20",), (0,), (4e-3,)),
-    Stage("orthogonal", W256, ("moma_orthogonal:rank=16", "moma_orthogonal:rank=4"), (0, 1, 2)),
-    Stage("tune", W128, FIRST[4:], (0,)),
+    Stage("tune", W256, FINALISTS[:7], (0,)),
+    Stage("seeds", W256, FINALISTS[:7], (0, 1, 2)),
+    Stage("tune", W512, ("adamw", MOMA, "adafactor", CLIPPED, "muon"), (0,)),
+    Stage("blocks", W256, BLOCKS, (0,), (4e-3,)),
+    Stage("tune", W128, FIRST, (0,)),
     Stage("seeds", W128, FIRST[:4], (0, 1, 2)),
-    Stage("tune", W256, FINALISTS[4:], (0,)),
-    Stage("seeds", W256, FINALISTS[4:], (0, 1, 2)),
-    Stage("parts", W128, PARTS, (0,), (2e-3,)),
+    Stage("seeds", W256, FINALISTS[7:], (0, 1, 2)),
+    Stage("peers", W256, PEERS, (0, 1, 2)),
+    Stage("peers", W256, ("galore:rank=16,update_proj_gap=20",), (0,), (4e-3,)),
+    Stage("parts", W128, PARTS, (0,), (4e-3,)),
     Stage("betas", W128, BETAS, (0,)),
     Stage("ranks", W128, RANKS, (0,)),
     Stage("as published", W128, ("umtam:rank=16",), (0, 1, 2)),
     Stage("batch", dataclasses.replace(W128, batch=32), ("adamw", MOMA), (0,)),
-    Stage("tune", W512, ("adamw", MOMA, "adafactor"), (0,)),
 )
 GPT2 = Config(preset="gpt2", dtype="bfloat16", scan=True, batch=8, steps=300)
+LARGE_RATES = (5e-4, 1e-3, 2e-3)
 LARGE = (
+    Stage(
+        "blocks",
+        GPT2,
+        tuple(f"moma:rank=32,orthogonal_block_size={size}" for size in (64, 256)),
+        (0,),
+        (1e-3,),
+    ),
     Stage(
         "gpt2",
         GPT2,
-        ("moma:rank=32", "adamw:b2=0.95", "adafactor"),
+        ("moma:rank=32", "adamw:b2=0.95", "adafactor", "muon", "moma_clipped:rank=32"),
         (0,),
-        (5e-4, 1e-3, 2e-3),
+        LARGE_RATES,
     ),
 )
 QUICK = (
@@ -147,9 +156,10 @@ class Job(NamedTuple):
 
 def identity(row: Any) -> tuple[str, ...]:
     """What makes a run the same as another, from its row or its Config."""
-    get = row.get if isinstance(row, dict) else lambda name: getattr(row, name)
+    values = row if isinstance(row, dict) else row.__dict__ | row.sizes().__dict__
     return tuple(
-        str(get(name)) if name == "optimizer" else f"{float(get(name)):.6g}" for name in IDENTITY
+        str(values[name]) if name == "optimizer" else f"{float(values[name]):.6g}"
+        for name in IDENTITY
     )
 
 
@@ -220,7 +230,7 @@ def code(optimizer: str) -> str:
 
     Results outlive changes of the code; this tells which of them came from the present one.
     """
-    if optimizers.parse(optimizer)[0] not in ("moma", "moma_orthogonal", "umtam"):
+    if optimizers.parse(optimizer)[0] not in ("moma", "moma_clipped", "umtam"):
         return f"optax {optax.__version__}"
     digest = hashlib.blake2b(digest_size=4)
     for file in sorted(Path(om.__file__).parent.glob("_*.py")):
@@ -346,12 +356,12 @@ def finished(job: Job, result: dict[str, Any]) -> dict[str, Any]:
 
 def expected_seconds(config: Config, rows: list[Row]) -> float:
     """Time of a run: that of a like one, scaled by parameters x tokens; a guess if none."""
-    tokens = config.steps * config.batch * config.length
+    tokens = config.steps * config.batch * config.sizes().length
 
     def work_of(width: int, layers: int, tokens: float) -> float:
         return tokens * width * (12 * width * layers + config.sizes().vocabulary)
 
-    own = work_of(config.width, config.layers, tokens)
+    own = work_of(config.sizes().width, config.sizes().layers, tokens)
     rates = [
         float(row["seconds"])
         / work_of(
@@ -374,7 +384,7 @@ def show(stages: tuple[Stage, ...], results: Path, every: bool) -> None:
     counts: dict[tuple[int, str], list[float]] = {}
     for job in jobs:
         config, row = job.config, found.get(identity(job.config))
-        total = counts.setdefault((config.width, job.stage), [0, 0, 0.0])
+        total = counts.setdefault((config.sizes().width, job.stage), [0, 0, 0.0])
         total[0] += row is not None
         total[1] += 1
         total[2] += 0 if row else expected_seconds(config, rows)
@@ -382,7 +392,7 @@ def show(stages: tuple[Stage, ...], results: Path, every: bool) -> None:
             stale = row is not None and row["code"] != code(config.optimizer)
             state = f"{float(row['validation']):.4f}" if row else "-"
             print(
-                f"{state:>8} {job.stage:12} width {config.width:<4} lr {config.lr:<8g} "
+                f"{state:>8} {job.stage:12} width {config.sizes().width:<4} lr {config.lr:<8g} "
                 f"seed {config.seed} {config.optimizer}{'  (other code)' if stale else ''}"
             )
     for (width, stage), (done, total, seconds) in counts.items():

@@ -129,7 +129,8 @@ def step(rows: int, length: int, dtype: str, rounds: int) -> Iterator[Row]:
     tokens = jax.random.randint(jax.random.key(1), (rows, length + 1), 0, config.vocabulary)
     mesh = make_mesh("1,1,-1")
     names = {"adamw": "adamw", "moma r=32": "moma:rank=32"}
-    names |= {"moma r=32, orthogonalized": "moma_orthogonal:rank=32"}
+    names |= {"moma r=32, blocks of 64": "moma:rank=32,orthogonal_block_size=64"}
+    names |= {"moma r=32, clipped": "moma_clipped:rank=32"}
     cold = -(-rounds // 10)
 
     def compiled(spec: str) -> tuple[Callable, Any]:

@@ -93,7 +93,12 @@ def error_dtype(request) -> str | None:
 
 def optimizer(error_dtype: str | None = None) -> optax.GradientTransformationExtraArgs:
     return om.moma(
-        1e-2, rank=RANK, min_dim_size_to_factor=32, weight_decay=0.1, error_dtype=error_dtype
+        1e-2,
+        rank=RANK,
+        min_dim_size_to_factor=32,
+        weight_decay=0.1,
+        orthogonal_block_size=8,
+        error_dtype=error_dtype,
     )
 
 

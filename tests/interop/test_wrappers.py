@@ -62,7 +62,11 @@ def test_multi_steps_rests_between(make, params, grads):
 
 
 INJECTED = {
-    "moma": (om.moma, ("rank", "min_dim_size_to_factor"), {"min_dim_size_to_factor": 8}),
+    "moma": (
+        om.moma,
+        ("rank", "min_dim_size_to_factor", "orthogonal_block_size"),
+        {"min_dim_size_to_factor": 8},
+    ),
     "umtam": (om.umtam, ("rank",), {}),
 }
 

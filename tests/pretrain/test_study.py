@@ -143,6 +143,13 @@ def test_processes_are_stopped_and_report_failures(new_run, tmp_path):
     assert "the optimizers are" in (tmp_path / "wrong" / "log.txt").read_text()
 
 
+def test_a_run_of_a_preset_is_found_again_by_its_sizes():
+    config = study.Config(preset="gpt2", steps=3)
+    row = {name: str(getattr(config, name)) for name in ("optimizer", "lr", "seed", "batch")}
+    row |= {"steps": "3", "vocabulary": "50304", "width": "768", "layers": "12", "length": "1024"}
+    assert study.identity(row) == study.identity(config)
+
+
 def test_two_studies_do_not_run_at_a_time(tmp_path):
     with (tmp_path / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
