@@ -234,12 +234,17 @@ def reshard(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
     return jax.sharding.reshard(x, sharding)
 
 
-def contract(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+def contract(
+    subscripts: str,
+    a: jax.Array,
+    b: jax.Array,
+    precision: jax.lax.Precision | None = jax.lax.Precision.HIGHEST,
+) -> jax.Array:
     """``einsum`` over the last axes in full float32 precision, batched over all axes before them.
 
     TPUs multiply matrices in bfloat16 by default, which destroys orthogonality, hence the highest
-    precision. On an explicit mesh the axes that remain keep their sharding, and those summed over
-    end in an all-reduce.
+    precision where nothing else is said. On an explicit mesh the axes that remain keep their
+    sharding, and those summed over end in an all-reduce.
     """
     inputs, output = subscripts.split("->")
     letters = inputs.split(",")
@@ -256,7 +261,7 @@ def contract(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
         f"{','.join(letters)}->{output}",
         a,
         b,
-        precision=jax.lax.Precision.HIGHEST,
+        precision=precision,
         out_sharding=sharding,
     )
 

@@ -9,8 +9,8 @@ For a matrix W (m, n) with gradient G, at step t, with ``ema_b = b * old + (1 - 
     Q &= orth\big((b_1 U s V^T + (1 - b_1) \hat G) V\big), \quad B = \hat G^T Q \\
     U s V^T &\leftarrow Q Q^T (b_1 U s V^T + (1 - b_1) \hat G) \\
     \Delta &= U (s / w_1) V^T + (\hat G - Q B^T) \\
-    \Delta_k &\leftarrow \sqrt{\max(m, n)} \, (\Delta_k \Delta_k^T)^{-1/2} \Delta_k
-    \quad \text{for each block k of 128 rows (or columns) of the shorter side}
+    \Delta_k &\leftarrow \sqrt n \, (\Delta_k \Delta_k^T)^{-1/2} \Delta_k
+    \quad \text{for each block k of at most 128 rows (of columns, transposed, if m > n)}
 
 P is rank one, so preconditioning scales rows and columns of thin products. The momentum lives in
 the preconditioned space: what its truncation drops is then what matters least for the step. What
@@ -141,7 +141,7 @@ def scale_by_moma(
     residual: Scalar = 1.0,
     clip_rms: Scalar = 1.0,
     orthogonal_block_size: int | None = 128,
-    clip_spectral: Scalar = 1.0,
+    clip_spectral: Scalar | None = None,
     power_iterations: int | jax.Array = 1,
     min_dim_size_to_factor: int = 128,
     weight_dimension_numbers: Any = None,
@@ -174,20 +174,24 @@ def scale_by_moma(
         had a gradient ``eps**-0.5`` times the others' holds them back while it is remembered.
       residual: Multiplies the part of the gradient outside the subspace; 0 leaves it out.
       clip_rms: Largest root mean square of a matrix's update, or of another leaf's, as in
-        Adafactor; ``inf`` for none. An orthogonalized update has about 1, or ``clip_rms`` if that
-        is less.
+        Adafactor; ``inf`` for none. An orthogonalized update of many directions has about 1, 0.6 to
+        1.2, times ``clip_rms`` if that is less.
       orthogonal_block_size: Rows (or columns) of the shorter side that an orthogonalized block has
-        at most; the side is cut into a power of two of equal blocks. All directions of a block move
-        alike, as in Muon, whose dense momentum is the low-rank one here. A block of b rows costs
-        about :math:`4 b m n + 20 b^2 \min(m, n)` operations for the matrix, where a step of T
-        tokens takes :math:`6 T m n`; larger blocks make better updates (``experiments/pretrain``).
-        On meshes blocks that lie within a device stay there, and others are gathered. None: updates
-        are not orthogonalized, but their momentum's directions clipped, and their RMS; that is a
-        little faster, and behind in pretraining.
+        at most; the side is cut into a power of two of them, as equal as can be. All directions of
+        a block move alike, as in Muon, whose dense momentum is the low-rank one here; so a gradient
+        of a single direction moves a block of b rows by an RMS of :math:`1 / \sqrt b` of the rate,
+        where Adam moves it by 1: early training has such gradients, and toy problems. Of a matrix
+        that gets no gradients any more (an expert without tokens) updates keep their size for some
+        thirty steps at ``b1 = 0.9``, as in Muon, and fade then. A block of b rows costs about
+        :math:`4 b m n + 18 b^2 \min(m, n)` operations for the matrix, where a step of T tokens
+        takes :math:`6 T m n`; what size is worth, ``experiments/pretrain`` says. On meshes the
+        Grams of blocks whose rows lie within a device are added up, :math:`b \min(m, n)` numbers;
+        other blocks are gathered on explicit meshes, and left to the compiler on others. None:
+        updates are not orthogonalized, but clipped as said above: a little faster, behind in
+        pretraining, and not behind in the fine-tuning that was tried (``experiments/glue``).
       clip_spectral: Without blocks, the largest length of one of the momentum's directions (they
-        converge to singular values), in units of :math:`\sqrt{\max(m, n)}`; ``inf`` for none. So a
-        gradient of a single direction moves its leaf by an RMS of :math:`1 / \sqrt{\min(m, n)}` of
-        the rate, as in Muon, where Adam moves it by 1: early training has such gradients.
+        converge to singular values), in units of :math:`\sqrt{\max(m, n)}`; None for 1, ``inf`` for
+        no limit.
       power_iterations: Subspace iterations per step, >= 1, of two thin products with the gradient
         each. More follow the momentum's best rank-r part more closely.
       min_dim_size_to_factor: A matrix with fewer rows or columns is kept with Adam's dense moments,
@@ -246,8 +250,8 @@ def scale_by_moma(
 
     Raises:
       ValueError: rank < 1, b1 or b2 outside [0, 1), a negative eps, residual, clip_rms or
-        clip_spectral, orthogonal_block_size < 1, dimension numbers that do not fit a leaf, an
-        error_dtype that is none of these.
+        clip_spectral, a clip_spectral beside blocks, orthogonal_block_size < 1, dimension numbers
+        that do not fit a leaf, an error_dtype that is none of these.
       TypeError: rank, min_dim_size_to_factor or orthogonal_block_size is not a Python integer. They
         fix shapes: under ``optax.inject_hyperparams`` name them in ``static_args``. Or b1, b2 or
         eps is an array of a type narrower than float32, in which 0.999 is 1 and nothing trains:
@@ -284,6 +288,13 @@ def scale_by_moma(
     if orthogonal_block_size is not None:
         orthogonal_block_size = check_integer(
             "orthogonal_block_size", orthogonal_block_size, lowest=1
+        )
+    if clip_spectral is None:
+        clip_spectral = 1.0
+    elif orthogonal_block_size is not None:
+        raise ValueError(
+            "clip_spectral limits updates that are not orthogonalized: give"
+            " orthogonal_block_size=None with it, or leave it out."
         )
     check_not_negative("clip_spectral", clip_spectral)
     _check_dtype("error_dtype", error_dtype, jnp.float32, jnp.bfloat16, jnp.int8)
@@ -432,7 +443,7 @@ def _matrix_step(
         error = quantize(missed) if isinstance(state.error, Blocks) else missed
 
     if hyper.orthogonal_block_size is not None:  # the sums above are then not computed
-        size = jnp.minimum(1, hyper.clip_rms) * max(layout.matrix_shape[-2:]) ** 0.5
+        size = jnp.minimum(1, hyper.clip_rms).astype(wide) * max(layout.matrix_shape[-2:]) ** 0.5
         step = size * orthogonal_factor(step, hyper.orthogonal_block_size)
         rows = moments.row_sums(G * step)
         cols = moments.col_sums(unshared(G) * unshared(step))
@@ -521,7 +532,7 @@ def moma(
     residual: Scalar = 1.0,
     clip_rms: Scalar = 1.0,
     orthogonal_block_size: int | None = 128,
-    clip_spectral: Scalar = 1.0,
+    clip_spectral: Scalar | None = None,
     power_iterations: int | jax.Array = 1,
     weight_dimension_numbers: Any = None,
     saliency: bool = True,
@@ -543,8 +554,8 @@ def moma(
         U s V^T &\leftarrow Q Q^T (b_1 U s V^T + (1 - b_1) \hat G), \quad
         Q = orth((b_1 U s V^T + (1 - b_1) \hat G) V) \\
         \Delta &= U (s / w_1) V^T + (I - Q Q^T) \hat G \\
-        \Delta_k &\leftarrow \sqrt{\max(m, n)} \, (\Delta_k \Delta_k^T)^{-1/2} \Delta_k
-        \quad \text{for each block k of rows or columns, of the shorter side} \\
+        \Delta_k &\leftarrow \min(1, clip\_rms) \sqrt n \, (\Delta_k \Delta_k^T)^{-1/2} \Delta_k
+        \quad \text{for each block k of rows (of columns, transposed, if m > n)} \\
         W &\leftarrow W - \eta (\Delta + \lambda W)
 
     State of a matrix: ``(rank + 2) (m + n) + rank`` numbers, saliency included; AdamW holds
@@ -564,7 +575,7 @@ def moma(
       orthogonal_block_size: Rows (or columns) of the shorter side that are made orthogonal to each
         other in an update; None to clip instead.
       clip_spectral: Without blocks, the largest length of a direction of the momentum, in units of
-        sqrt(max(m, n)).
+        sqrt(max(m, n)); None for 1.
       power_iterations: Subspace iterations per step.
       weight_dimension_numbers: Which axes of a leaf are fan-in and fan-out. Say it for leaves of
         more than two axes, such as attention heads: :func:`scale_by_moma` has a table.

@@ -101,7 +101,7 @@ class Transcript:
         ((9, 14), {"clip_spectral": np.inf}, False),
         ((9, 14), {"clip_spectral": 0.3, "clip_rms": np.inf}, False),
     ],
-    ids=["default", "default x64", "no rms", "clipped x64", "no spectral", "spectral"],
+    ids=["clipped", "clipped x64", "no rms", "clipped further x64", "no spectral", "spectral"],
 )
 def test_ten_steps_are_the_equations(shape, settings, x64):
     rate = optax.linear_schedule(1.0, 0.1, 10)
@@ -305,7 +305,7 @@ def stacked_start(tx, grads, state):
 )
 @pytest.mark.parametrize("error_dtype", [None, jnp.int8])
 def test_a_stack_is_its_layers(error_dtype, rule):
-    """Clipped one by one, too: of the first the gradients have rank one, which is cut further."""
+    """Each by its own size: of the first the gradients have rank one, which is cut further."""
     grads = draws(3, 8, 11)
     for g in grads:
         g[0] = g[0, :, :1] * g[0, :1]
@@ -529,7 +529,8 @@ BAD = [
     ({"b2": "0.999"}, TypeError, "b2"),
     ({"eps": -1e-8}, ValueError, "eps"),
     ({"residual": -1}, ValueError, "residual"),
-    ({"clip_spectral": -1.0}, ValueError, "clip_spectral"),
+    ({"clip_spectral": -1.0, "orthogonal_block_size": None}, ValueError, "clip_spectral"),
+    ({"clip_spectral": 1.0}, ValueError, "clip_spectral"),
     ({"clip_rms": -1.0}, ValueError, "clip_rms"),
     ({"b1": jnp.bfloat16(0.9)}, TypeError, "b1"),
     ({"b2": jnp.float16(0.999)}, TypeError, "b2"),

@@ -106,7 +106,12 @@ def optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
     schedule = optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, warmup, steps)
     return optax.chain(
         optax.clip_by_global_norm(1.0),
-        optax_moma.moma(schedule, rank=settings.rank, weight_decay=settings.weight_decay),
+        optax_moma.moma(
+            schedule,
+            rank=settings.rank,
+            weight_decay=settings.weight_decay,
+            orthogonal_block_size=None,  # what is fine-tuned was trained by Adam
+        ),
     )
 
 

@@ -10,16 +10,19 @@ import pytest
 
 import optax_moma as om
 
+FREE = {"orthogonal_block_size": None, "clip_spectral": np.inf}
+"""Nothing of the momentum is cut off."""
+
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
     "moma": lambda rank=4, clipped=True: om.moma(
-        1e-2, rank=rank, min_dim_size_to_factor=8, clip_spectral=1.0 if clipped else np.inf
+        1e-2, rank=rank, min_dim_size_to_factor=8, **({} if clipped else FREE)
     ),
     "moma, int8 error": lambda rank=4, clipped=True: om.moma(
         1e-2,
         rank=rank,
         min_dim_size_to_factor=8,
-        clip_spectral=1.0 if clipped else np.inf,
         error_dtype=jnp.int8,
+        **({} if clipped else FREE),
     ),
     "umtam": lambda rank=4, clipped=True: om.umtam(1e-2, rank=rank),
 }
