@@ -33,7 +33,7 @@ from .train import Config
 
 CONFIG = Config(vocabulary=1024, width=128, layers=4, length=256, batch=8, steps=400)
 QUICK = dataclasses.replace(CONFIG, vocabulary=512, layers=1, length=64, steps=8)
-RATES = {"moma:rank=16": 4e-3, "adamw": 1e-3}
+RATES = {"moma_clipped:rank=16": 4e-3, "adamw": 1e-3}
 """Each optimizer's best of the study."""
 MOMENTS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)
 """When they are compared, in shares of the run."""

@@ -31,7 +31,7 @@ from .train import Config
 
 CONFIG = Config(
     vocabulary=1024, width=128, layers=4, length=512, batch=4, lanes=1, steps=300, lr=2e-3,
-    optimizer="moma:rank=16",
+    optimizer="moma_clipped:rank=16",
 )  # fmt: skip
 QUICK = dataclasses.replace(CONFIG, vocabulary=512, layers=1, length=64, steps=20)
 DOCUMENTS = 16

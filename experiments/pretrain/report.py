@@ -220,7 +220,7 @@ def figures(size: Size, group: dict[str, Tuned], folder: Path) -> list[str]:
     main = {name: result for name, result in group.items() if len(result.curve) > 1}
 
     def draw(kind: str, x_label: str, ticks: list[float] | None = None) -> tuple:
-        fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+        fig, ax = plt.subplots(figsize=(7.5, 4), layout="constrained")
         pages.tidy(ax)
         shown = "seed 0" if kind == "rates" else "mean over seeds ± standard error"
         ax.set(xscale="log", xlabel=x_label, ylabel=f"validation loss, {shown}", title=title(size))
@@ -230,7 +230,7 @@ def figures(size: Size, group: dict[str, Tuned], folder: Path) -> list[str]:
         return fig, ax, folder / f"{stem(size)}_{kind}.png"
 
     def close(fig, ax, path: Path) -> str:
-        ax.legend(fontsize=8)
+        fig.legend(loc="outside right upper", fontsize=8)
         link = pages.save(fig, path)
         plt.close(fig)
         return link
