@@ -26,7 +26,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ._lowrank import transposed
 from ._matrix import contract, reshape, reshard, sharding_of, spec_of
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -37,20 +36,21 @@ change the result by one to three percent, by fifteen where a single direction i
 the others, and no value leaves its range; the polynomials of the Gram would not bear it."""
 
 
-def orthogonal_factor(X: jax.Array, block_size: int) -> jax.Array:
-    """Each block of each matrix of X (*batch, m, n) with its singular values moved to about one.
+def orthogonal_factor(X: jax.Array, block_size: int, size: Any = 1.0) -> jax.Array:
+    """Each block of each matrix of X (*batch, m, n) with its singular values moved to about size.
 
     The shorter side is cut into blocks of at most ``block_size`` rows (or columns): a power of two
     of them, as the devices of a mesh are. Rows, columns and blocks that are null stay so.
     """
-    if X.shape[-2] > X.shape[-1]:
-        return transposed(orthogonal_factor(transposed(X), block_size))
+    side = -2 if X.shape[-2] <= X.shape[-1] else -1
     count = 1
-    while count * block_size < X.shape[-2]:
+    while count * block_size < X.shape[side]:
         count *= 2
-    blocks = _split(X, count)
-    Z = _inverse_root(contract("rn,sn->rs", blocks, blocks, _ROUGH), least=X.shape[-1])
-    return _joined(contract("rs,sn->rn", Z, blocks, _ROUGH), X)
+    blocks = _split(X, side, count)
+    # The wide matrix by rows, the tall one by columns: neither is transposed.
+    gram, apply = ("rn,sn->rs", "rs,sn->rn") if side == -2 else ("mr,ms->rs", "rs,ms->mr")
+    inverse = _inverse_root(contract(gram, blocks, blocks, _ROUGH), least=max(X.shape[-2:]))
+    return _joined(contract(apply, size * inverse, blocks, _ROUGH), side, X)
 
 
 def _inverse_root(gram: jax.Array, least: int) -> jax.Array:
@@ -75,18 +75,34 @@ def _polynomial(A: jax.Array, square: jax.Array) -> jax.Array:
     return a * jnp.eye(A.shape[-1], dtype=A.dtype) + b * A + c * square
 
 
-def _split(X: jax.Array, count: int) -> jax.Array:
-    """(*batch, m, n) -> (*batch, count, rows, n), with null rows last where m is no multiple."""
-    *batch, m, n = X.shape
-    rows = -(-m // count)
-    *axes, row, col = spec_of(X)
-    sharding = sharding_of(X)
+def _split(X: jax.Array, side: int, count: int) -> jax.Array:
+    """(*batch, m, n) -> (*batch, count, rows, n), or (*batch, count, m, columns) for side -1.
+
+    With null rows (or columns) last where the side is no multiple of ``count``.
+    """
+    length = X.shape[side]
+    spec, sharding = list(spec_of(X)), sharding_of(X)
     if sharding is not None:  # blocks that lie on several devices are gathered
-        row = _dividing(row, 1 if m % count else count, sharding.mesh)
-        X = reshard(X, NamedSharding(sharding.mesh, PartitionSpec(*axes, row, col)))
-    if m % count:
-        X = jnp.pad(X, [(0, 0)] * len(batch) + [(0, count * rows - m), (0, 0)])
-    return reshape(X, (*batch, count, rows, n), (*axes, row, None, col))
+        spec[side] = _dividing(spec[side], 1 if length % count else count, sharding.mesh)
+        X = reshard(X, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
+    if missing := -length % count:
+        widths = [(0, 0)] * X.ndim
+        widths[side] = (0, missing)
+        X = jnp.pad(X, widths)
+    at = X.ndim + side
+    cut = (*X.shape[:at], count, X.shape[side] // count, *X.shape[at + 1 :])
+    blocks = reshape(X, cut, (*spec[: at + 1], None, *spec[at + 1 :]))
+    return jnp.moveaxis(blocks, at, X.ndim - 2)
+
+
+def _joined(blocks: jax.Array, side: int, like: jax.Array) -> jax.Array:
+    """The inverse of :func:`_split`, with the shape and the sharding of ``like``."""
+    at = like.ndim + side
+    blocks = jnp.moveaxis(blocks, like.ndim - 2, at)
+    spec = spec_of(blocks)
+    whole = (*blocks.shape[:at], blocks.shape[at] * blocks.shape[at + 1], *blocks.shape[at + 2 :])
+    X = reshape(blocks, whole, (*spec[: at + 1], *spec[at + 2 :]))
+    return reshard(X[tuple(map(slice, like.shape))], sharding_of(like))
 
 
 def _dividing(axes: Any, count: int, mesh: Any) -> tuple[str, ...] | None:
@@ -98,11 +114,3 @@ def _dividing(axes: Any, count: int, mesh: Any) -> tuple[str, ...] | None:
         kept.append(name)
         count //= mesh.shape[name]
     return tuple(kept) or None
-
-
-def _joined(blocks: jax.Array, like: jax.Array) -> jax.Array:
-    """The inverse of :func:`_split`, with the shape and the sharding of ``like``."""
-    *batch, count, rows, n = blocks.shape
-    *axes, row, _, col = spec_of(blocks)
-    X = reshape(blocks, (*batch, count * rows, n), (*axes, row, col))
-    return reshard(X[..., : like.shape[-2], :], sharding_of(like))

@@ -16,7 +16,7 @@ def test_example_runs(example):
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) == 6
+    assert len(EXAMPLES) == 5
 
 
 def test_the_merge_lies_between_its_experts():

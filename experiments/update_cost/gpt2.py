@@ -69,7 +69,7 @@ def memory() -> Iterator[Row]:
     }
     for case, (make, donated) in cases.items():
         reference = None
-        for name in ("adamw", "moma r=32"):
+        for name in ("adamw", "moma r=32", "moma r=32, clipped"):
             tx = OPTIMIZERS[name]()
             state = jax.eval_shape(tx.init, params)
             lowered = jax.jit(make(tx), donate_argnums=donated).lower(params, state, params)
@@ -98,11 +98,11 @@ def published(repetitions: int) -> Iterator[Row]:
 
     The two take turns, after one update each to warm up.
     """
-    totals = {"moma r=32": 0.0, "umtam r=32": 0.0}
+    totals = dict.fromkeys(("moma r=32", "moma r=32, clipped", "umtam r=32"), 0.0)
     for shape, count in SHAPES.items():
         keys = jax.random.split(jax.random.key(0))
         params, grads = ({"kernel": jax.random.normal(key, shape)} for key in keys)
-        often = {"moma r=32": 10, "umtam r=32": 1 if shape[0] > 3072 else 3}
+        often = dict.fromkeys(totals, 10) | {"umtam r=32": 1 if shape[0] > 3072 else 3}
         running = {name: updates(OPTIMIZERS[name](), params, grads) for name in often}
         times: dict[str, list[float]] = {name: [] for name in often}
         for own in running.values():

@@ -45,7 +45,7 @@ def umtam_matrix(learning_rate: optax.ScalarOrSchedule, b1=0.9, b2=0.999, gamma=
 
 LEARNING_RATES = {
     moma_default: 1e-1,
-    moma_matrix: 1e-1,
+    moma_matrix: 1e-2,  # its updates keep their size to the end
     umtam_default: 1e-2,
     umtam_matrix: 1e-2,
 }

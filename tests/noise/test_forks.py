@@ -16,7 +16,11 @@ PLAIN = {
     ),
     "adamw": lambda s, rate: optax.adamw(rate, weight_decay=s.weight_decay),
     "moma": lambda s, rate: om.moma(
-        rate, forks.RANK, min_dim_size_to_factor=forks.SMALLEST, weight_decay=s.weight_decay
+        rate,
+        forks.RANK,
+        min_dim_size_to_factor=forks.SMALLEST,
+        weight_decay=s.weight_decay,
+        orthogonal_block_size=None,
     ),
 }
 
