@@ -187,8 +187,8 @@ def scale_by_moma(
         takes :math:`6 T m n`; what size is worth, ``experiments/pretrain`` says. On meshes the
         Grams of blocks whose rows lie within a device are added up, :math:`b \min(m, n)` numbers;
         other blocks are gathered on explicit meshes, and left to the compiler on others. None:
-        updates are not orthogonalized, but clipped as said above: a little faster, behind in
-        pretraining, and not behind in the fine-tuning that was tried (``experiments/glue``).
+        updates are not orthogonalized, but clipped, by ``clip_spectral`` and ``clip_rms``: behind
+        in pretraining, and ahead in the fine-tuning that was tried (``experiments/glue``).
       clip_spectral: Without blocks, the largest length of one of the momentum's directions (they
         converge to singular values), in units of :math:`\sqrt{\max(m, n)}`; None for 1, ``inf`` for
         no limit.
@@ -384,7 +384,7 @@ def _matrix_step(
     g: jax.Array, state: _Matrix, layout: Layout, hyper: _Hyper
 ) -> tuple[jax.Array, _Matrix]:
     b1, w1 = hyper.b1, hyper.mu_weight
-    orthogonal = hyper.orthogonal_block_size is not None
+    block_size = hyper.orthogonal_block_size
     wide = at_least_float32(g.dtype)
     G = layout.to_matrix(g).astype(wide)
     U, s, V, R, C = (x.astype(wide) for x in state[:5])
@@ -408,7 +408,7 @@ def _matrix_step(
         # U (lengths V^T) + residual (G' - U B)
         K = transposed(factors.V) * lengths[..., None] - hyper.residual * B
         high = hyper.residual * p
-        if not orthogonal:  # its norm is known before it is formed
+        if block_size is None:  # its norm is known before it is formed
             total = _norm(unshared(p) * G * unshared(q))
             outside = hyper.residual * jnp.sqrt(jnp.maximum(total**2 - _norm(B) ** 2, 0))
             norm = jnp.hypot(jnp.linalg.norm(lengths, axis=-1)[..., None, None], outside)
@@ -437,14 +437,14 @@ def _matrix_step(
         )
         missed = b1 * before + A - held
         step = applied + hyper.residual / w1 * missed
-        if not orthogonal:
+        if block_size is None:
             step = step * _clip(_norm(step), layout, hyper.clip_rms)
         rows, cols = moments.row_sums(G * step), moments.col_sums(G * step)
         error = quantize(missed) if isinstance(state.error, Blocks) else missed
 
-    if hyper.orthogonal_block_size is not None:  # the sums above are then not computed
+    if block_size is not None:  # the sums above are then not computed
         size = jnp.minimum(1, hyper.clip_rms).astype(wide) * max(layout.matrix_shape[-2:]) ** 0.5
-        step = orthogonal_factor(step, hyper.orthogonal_block_size, size)
+        step = orthogonal_factor(step, block_size, size)
         rows, cols = moments.row_sums(G * step), moments.col_sums(unshared(G) * step)
 
     rate = hyper.learning_rate
@@ -558,7 +558,8 @@ def moma(
         W &\leftarrow W - \eta (\Delta + \lambda W)
 
     State of a matrix: ``(rank + 2) (m + n) + rank`` numbers, saliency included; AdamW holds
-    ``2 m n``. All other leaves get Adam's moments. Learning rates are those of AdamW.
+    ``2 m n``. All other leaves get Adam's moments. Learning rates are those of AdamW, or twice
+    these.
 
     Args:
       learning_rate: A number or a schedule.
