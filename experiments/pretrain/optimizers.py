@@ -17,6 +17,8 @@ from optax.contrib import MuonDimensionNumbers
 
 import optax_moma as om
 
+from .variants import scale_by_variant
+
 WEIGHT_DECAY = 0.1
 CLIP = 1.0
 WARMUP = 0.1
@@ -72,6 +74,7 @@ SCALINGS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "umtam": om.scale_by_umtam,
     "moma": om.scale_by_moma,
     "moma_clipped": functools.partial(om.scale_by_moma, orthogonal_block_size=None),
+    "moma_variant": scale_by_variant,
 }
 
 

@@ -19,6 +19,8 @@ SPECS = [
     "moma:rank=4",
     "moma:rank=4,residual=0.0,error_dtype=int8",
     "moma_clipped:rank=4",
+    "moma_variant:rank=4,nesterov=True",
+    "moma_variant:rank=4,precondition='after',refresh=2",
 ]
 PARAMS = {
     "up": {"kernel": jax.random.normal(jax.random.key(0), (128, 256)), "bias": jnp.ones(256)},
@@ -87,6 +89,36 @@ def test_clipped_moma_is_moma_without_blocks():
     step = -moma / 0.01 - 0.1 * PARAMS["up"]["kernel"]
     singular = np.linalg.svd(step / 256**0.5)[1]
     assert singular.max() < 1.3 and np.median(singular) > 0.7
+
+
+def some_updates(spec):
+    """After six gradients, all of them different: the last update, and the state."""
+    tx = optimizers.make(spec, 0.01)
+    params = {"kernel": PARAMS["up"]["kernel"]}
+    state, update = tx.init(params), jax.jit(tx.update)
+    for i in range(6):
+        noise = jax.random.normal(jax.random.key(i), (128, 256))
+        updates, state = update({"kernel": GRADS["up"]["kernel"] + noise}, state, params)
+    return updates["kernel"], state
+
+
+def test_a_variant_with_momas_choices_is_moma():
+    """At full rank, where nothing depends on where the subspace starts."""
+    moma = some_updates("moma:rank=128")[0]
+    same = some_updates("moma_variant:rank=128")[0]
+    np.testing.assert_allclose(same, moma, rtol=1e-3, atol=1e-5)
+    for other in ("nesterov=True", "precondition='after'"):
+        changed = some_updates(f"moma_variant:rank=128,{other}")[0]
+        assert float(jnp.abs(changed - moma).max()) > 1e-3
+
+
+def test_a_subspace_kept_for_some_steps():
+    """From the fifth gradient on: that of one renewed at each step differs by the sixth."""
+    states = {k: some_updates(f"moma_variant:rank=4,refresh={k}")[1] for k in (1, 5, 6)}
+    bases = {k: optax.tree.get(x, "matrices")["kernel"].factors.U for k, x in states.items()}
+    np.testing.assert_allclose(bases[5].T @ bases[5], jnp.eye(4), atol=1e-5)
+    assert float(jnp.abs(bases[5] - bases[6]).max()) > 1e-2
+    assert float(jnp.abs(bases[5] - bases[1]).max()) > 1e-2
 
 
 def test_muon_takes_scanned_layers_as_matrices():
