@@ -6,7 +6,8 @@ An optimizer stands with the learning rate that had the lowest validation loss w
 the mean over all seeds at that rate ± its standard error. Sensitivity is the area under the curve
 of validation loss against log2 of the learning rate, over the common grid and above the curve's own
 minimum, divided by the grid's length: the loss that a rate picked at random costs. A run that
-diverged counts as one that knows nothing, log(vocabulary).
+diverged counts as one that knows nothing, log(vocabulary). What ran at a single rate stands in a
+table of its own, beside the optimizer of which it changes a part.
 """
 
 import argparse
@@ -35,6 +36,13 @@ HEADER = (
     "optimizer", "state, % of AdamW's", "best lr", "seeds", "validation loss",
     "against AdamW's defaults, %", "sensitivity",
 )  # fmt: skip
+PARTS_HEADER = (
+    "optimizer", "state, % of AdamW's", "lr", "validation loss", "unchanged", "difference",
+)  # fmt: skip
+BETAS_HEADER = (
+    "optimizer", "best b1, b2", "its loss", "worst b1, b2", "its loss", "a pair at random",
+    "a pair and a rate at random",
+)  # fmt: skip
 NOTE = (
     "Validation loss: mean over the seeds at the best rate ± standard error; one seed has none."
     " Sensitivity: by how much the loss is above the optimizer's best if the rate is drawn from"
@@ -55,7 +63,7 @@ COLOURS = {
     "muon": "C5",
     "umtam": "C7",
 }
-"""Of families, the same in all figures; others are grey."""
+"""Of families, the same in all figures; others are left out, or grey where they are the best."""
 FAR = 1.1
 """A loss of more than so many times the lowest is told at the edge, not drawn to scale."""
 MARKERS = {0: "o", 4: "v", 8: "s", 16: "o", 32: "^", 64: "D", 128: "P"}
@@ -141,14 +149,98 @@ def lines(group: dict[str, Tuned]) -> list[tuple[str, ...]]:
         (
             name,
             f"{100 * t.share:.1f}",
-            f"{t.rate:g}" + (" (only one)" if len(t.curve) == 1 else ""),
+            f"{t.rate:g}",
             str(len(t.losses)),
             pages.number(t.losses, 4, 1.0),
             number(100 * (t.mean / adamw - 1), "+.2f"),
             number(t.sensitivity, ".4f"),
         )
         for name, t in sorted(group.items(), key=lambda item: item[1].mean)
+        if len(t.curve) > 1
     ]
+
+
+def whole(optimizer: str) -> str:
+    """The optimizer of which this one changes a part: no arguments but its rank."""
+    name, arguments = optimizers.parse(optimizer)
+    name = "moma" if name == "moma_variant" else name
+    return f"{name}:rank={arguments['rank']}" if "rank" in arguments else name
+
+
+def part_lines(group: dict[str, Tuned]) -> list[tuple[str, ...]]:
+    """The rows of what ran at one rate: its loss, and the whole optimizer's at that rate."""
+    found = []
+    for name, t in sorted(group.items(), key=lambda item: item[1].mean):
+        if len(t.curve) > 1:
+            continue
+        unchanged = group[whole(name)].curve.get(t.rate) if whole(name) in group else None
+        compared = (f"{unchanged:.4f}", f"{t.mean - unchanged:+.4f}") if unchanged else ("", "")
+        found.append((name, f"{100 * t.share:.1f}", f"{t.rate:g}", f"{t.mean:.4f}", *compared))
+    return found
+
+
+def betas(group: dict[str, Tuned]) -> dict[str, dict[tuple[float, float], Tuned]]:
+    """By optimizer, the results by (b1, b2), where several pairs ran over the whole grid."""
+    found: dict[str, dict[tuple[float, float], Tuned]] = defaultdict(dict)
+    for name, t in group.items():
+        kind, arguments = optimizers.parse(name)
+        pair = arguments.pop("b1", 0.9), arguments.pop("b2", 0.999)
+        if kind in ("adamw", "moma") and set(arguments) <= {"rank"} and set(RATES) <= set(t.curve):
+            found[whole(name)][pair] = t
+    return {name: dict(sorted(pairs.items())) for name, pairs in found.items() if len(pairs) > 2}
+
+
+def betas_lines(found: dict[str, dict[tuple[float, float], Tuned]]) -> list[tuple[str, ...]]:
+    """How much the loss depends on b1 and b2, over the pairs that all optimizers have; seed 0."""
+    common = set.intersection(*(set(pairs) for pairs in found.values()))
+    rows = []
+    for name, pairs in found.items():
+        low = {pair: min(pairs[pair].curve.values()) for pair in common}
+        best, worst = min(low, key=low.__getitem__), max(low, key=low.__getitem__)
+        drawn = [pairs[pair].curve[rate] for pair in common for rate in RATES]
+        rows.append((
+            name, f"{best[0]:g}, {best[1]:g}", f"{low[best]:.4f}", f"{worst[0]:g}, {worst[1]:g}",
+            f"{low[worst]:.4f}", f"{np.mean(list(low.values())) - low[best]:+.4f}",
+            f"{np.mean(drawn) - low[best]:+.4f}",
+        ))  # fmt: skip
+    return rows
+
+
+def betas_figure(
+    size: Size, found: dict[str, dict[tuple[float, float], Tuned]], folder: Path
+) -> str:
+    """Loss against rate, a panel for each optimizer, a line for each pair of betas: a link."""
+    fig, axes = plt.subplots(
+        1, len(found), figsize=(8.5, 4), sharex=True, sharey=True, layout="constrained"
+    )
+    every = sorted({pair for pairs in found.values() for pair in pairs})
+    for ax, (name, pairs) in zip(axes, found.items(), strict=True):
+        pages.tidy(ax)
+        ax.set(xscale="log", xlabel="learning rate", title=name)
+        ax.tick_params(axis="x", rotation=45)
+        for pair, t in pairs.items():
+            ax.plot(
+                list(t.curve),
+                list(t.curve.values()),
+                marker="o",
+                color=f"C{every.index(pair)}",
+                linewidth=2.5 if pair == (0.9, 0.999) else 1.2,
+                label=f"b1 = {pair[0]:g}, b2 = {pair[1]:g}",
+            )
+    rates = sorted({r for pairs in found.values() for t in pairs.values() for r in t.curve})
+    axes[0].set_xticks(rates, [f"{r:g}" for r in rates])
+    axes[0].minorticks_off()
+    axes[0].set_ylabel("validation loss, seed 0")
+    labels = {
+        text: line
+        for ax in axes
+        for line, text in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    fig.legend(labels.values(), labels, loc="outside right upper", fontsize=8)
+    fig.suptitle(title(size))
+    link = pages.save(fig, folder / f"{stem(size)}_betas.png")
+    plt.close(fig)
+    return link
 
 
 def title(size: Size) -> str:
@@ -172,6 +264,20 @@ def markdown(rows: list[Row], folder: Path) -> str:
             f"{digests}.",
             "\n".join(figures(size, group, folder)),
         ]
+        if at_one_rate := part_lines(group):
+            parts += [
+                f"At a single rate, with seed 0 ({title(size)}); *unchanged*: the loss of the"
+                " optimizer of which a part is changed, at the same rate.",
+                pages.table(PARTS_HEADER, at_one_rate),
+            ]
+        if len(by_betas := betas(group)) > 1:
+            parts += [
+                f"By b1 and b2 ({title(size)}), with seed 0, over the pairs that all have: the best"
+                " and the worst one, each at its best rate; and how far above the best is the loss"
+                " of a pair at random, at its best rate, or at a rate of the common grid.",
+                pages.table(BETAS_HEADER, betas_lines(by_betas)),
+                betas_figure(size, by_betas, folder),
+            ]
     return "\n\n".join(parts)
 
 
@@ -202,7 +308,7 @@ def families(group: dict[str, Tuned]) -> dict[str, list[tuple[int, Tuned]]]:
 
 def colour(optimizer: str) -> str:
     """That of its family."""
-    return COLOURS.get(family(optimizer), "0.7")
+    return COLOURS.get(family(optimizer), "0.5")
 
 
 def references(group: dict[str, Tuned]) -> list[str]:
@@ -216,8 +322,7 @@ def references(group: dict[str, Tuned]) -> list[str]:
 
 def figures(size: Size, group: dict[str, Tuned], folder: Path) -> list[str]:
     """Loss against state, loss against rank, loss against learning rate: links to them."""
-    # What ran at one rate only stands in the table.
-    main = {name: result for name, result in group.items() if len(result.curve) > 1}
+    main = {n: t for n, t in group.items() if len(t.curve) > 1 and family(n) in COLOURS}
 
     def draw(kind: str, x_label: str, ticks: list[float] | None = None) -> tuple:
         fig, ax = plt.subplots(figsize=(7.5, 4), layout="constrained")

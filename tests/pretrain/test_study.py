@@ -213,6 +213,45 @@ def test_ranks_are_drawn_from_three_on_beside_the_best_of_others(tmp_path):
     assert any("rank" in link for link in report.figures(size, group, tmp_path))
 
 
+def test_a_part_stands_beside_the_whole():
+    ran = lambda curve: report.Tuned(0.1, min(curve, key=curve.__getitem__), [], curve, None)
+    group = {
+        "moma:rank=8": ran({2e-3: 4.5, 4e-3: 4.25})._replace(losses=[4.25]),
+        "moma:rank=8,residual=0.0": ran({4e-3: 4.75})._replace(losses=[4.75]),
+        "moma_variant:rank=8,refresh=4": ran({8e-3: 4.0})._replace(losses=[4.0]),
+        "adamw": ran({4e-3: 5.0})._replace(losses=[5.0]),
+    }
+    assert report.part_lines(group) == [
+        ("moma_variant:rank=8,refresh=4", "10.0", "0.008", "4.0000", "", ""),
+        ("moma:rank=8,residual=0.0", "10.0", "0.004", "4.7500", "4.2500", "+0.5000"),
+        ("adamw", "10.0", "0.004", "5.0000", "5.0000", "+0.0000"),
+    ]
+
+
+def test_betas_are_compared_over_the_pairs_that_all_have(tmp_path):
+    ran = lambda *losses: report.Tuned(
+        0.1, 1e-3, [losses[0]], dict(zip(study.RATES, losses, strict=True)), None
+    )
+    group = {
+        "adamw": ran(5.0, 5.0, 5.0),
+        "adamw:b1=0.5": ran(4.5, 5.0, 5.5),
+        "adamw:b2=0.95": ran(5.25, 5.5, 6.0),
+        "moma:rank=8": ran(4.0, 4.0, 4.0),
+        "moma:rank=8,b1=0.5": ran(4.25, 4.25, 4.5),
+        "moma:rank=8,b2=0.95": ran(4.5, 4.5, 4.5),
+        "moma:rank=8,b1=0.95": ran(9.0, 9.0, 9.0),  # no such run of AdamW
+        "moma:rank=8,residual=0.0": ran(9.0, 9.0, 9.0),
+        "moma:rank=4,b1=0.5": ran(9.0, 9.0, 9.0),  # too few pairs
+    }
+    found = report.betas(group)
+    assert {name: len(pairs) for name, pairs in found.items()} == {"adamw": 3, "moma:rank=8": 4}
+    assert report.betas_lines(found) == [
+        ("adamw", "0.5, 0.999", "4.5000", "0.9, 0.95", "5.2500", "+0.4167", "+0.6944"),
+        ("moma:rank=8", "0.9, 0.999", "4.0000", "0.9, 0.95", "4.5000", "+0.2500", "+0.2778"),
+    ]
+    assert "width128_batch8_betas" in report.betas_figure((128, 4, 256, 8, 400), found, tmp_path)
+
+
 def test_a_real_run_enters_the_study(new_run, tmp_path, capsys):
     base = dataclasses.replace(new_run("unused"), steps=8)
     stages = (study.Stage("small", base, (base.optimizer,), (0,), (5e-3,)),)
