@@ -64,9 +64,8 @@ PEERS = ("galore:rank=16", "galore:rank=8", "moma_clipped:rank=4")
 BLOCKS = tuple(f"{MOMA},orthogonal_block_size={size}" for size in (32, 64, 256))
 FIRST = (MOMA, LEAN, "adamw", "adafactor", "muon", CLIPPED, "moma_clipped:rank=4", "galore:rank=16")
 BETAS = (
-    *(f"{name}{betas}" for name in ("adamw:", f"{MOMA},") for betas in (
-        "b2=0.95", "b1=0.5", "b1=0.95", "b1=0.5,b2=0.95",
-    )),
+    *(f"{name}{betas}" for betas in ("b2=0.95", "b1=0.5,b2=0.95", "b1=0.5", "b1=0.95")
+      for name in ("adamw:", f"{MOMA},")),
     "adafactor:b1=0.5", "adafactor:b1=0.9",
 )  # fmt: skip
 """The same for both, beside 0.9 and 0.999; Adafactor has a schedule for the other."""
@@ -116,9 +115,10 @@ STAGES = (
     Stage(
         "batch",
         dataclasses.replace(W128, batch=32, steps=100),
-        (MOMA, "adamw", "adafactor"),
+        (MOMA, "adamw"),
         (0,),
     ),
+    Stage("parts", W256, (f"{MOMA},b1=0.0",), (0,), (2e-3,)),
     Stage("betas", W128, BETAS, (0,)),
     Stage("blocks", W256, BLOCKS, (0,), (4e-3,)),
     Stage("tune", W512, ("adamw", MOMA, "adafactor", CLIPPED, "muon"), (0,)),
