@@ -64,7 +64,7 @@ COLOURS = {
     "umtam": "C7",
 }
 """Of families, the same in all figures; others are left out, or grey where they are the best."""
-FAR = 1.1
+FAR = 1.2
 """A loss of more than so many times the lowest is told at the edge, not drawn to scale."""
 MARKERS = {0: "o", 4: "v", 8: "s", 16: "o", 32: "^", 64: "D", 128: "P"}
 """Of ranks; 0 is none."""
