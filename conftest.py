@@ -24,6 +24,9 @@ from hypothesis import settings
 
 # Every process of the run has eight CPU devices: the sharding tests need no process of their own.
 jax.config.update("jax_num_cpu_devices", 8)
+# One program at a time: two whose collectives wait for each other's threads, of which there are
+# eight, end the process.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 MAPS = Path("/proc/self/maps")
 """One line for each stretch of memory that this process has mapped, on Linux."""
