@@ -13,10 +13,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before the first backend starts
 # XLA's decompositions run in SciPy's OpenBLAS, whose idle threads spin and take the cores from the
 # other processes of the run.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-if os.environ["JAX_PLATFORMS"] == "cpu":
-    # Most of the run's time is compilation, and most of that LLVM's optimisation of code that runs
-    # once: a quarter less without it. What XLA itself does to a program stays.
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 import pytest
@@ -24,9 +20,6 @@ from hypothesis import settings
 
 # Every process of the run has eight CPU devices: the sharding tests need no process of their own.
 jax.config.update("jax_num_cpu_devices", 8)
-# One program at a time: two whose collectives wait for each other's threads, of which there are
-# eight, end the process.
-jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 MAPS = Path("/proc/self/maps")
 """One line for each stretch of memory that this process has mapped, on Linux."""
