@@ -162,11 +162,12 @@ def test_updates_are_the_orthogonal_factors_of_those_without(error_dtype, block_
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), kept, others)
 
 
-@pytest.mark.parametrize("clip_rms", [0.05, 3.0, np.inf])
+@pytest.mark.parametrize("clip_rms", [0.0625, 3.0, np.inf])
 def test_clip_rms_is_the_size_of_an_update_up_to_one(clip_rms):
+    """A sixteenth, as a power of two, scales what is rounded without another rounding."""
     (one, *_), _ = run(om.scale_by_moma(**SETTINGS))
     (step, *_), _ = run(om.scale_by_moma(**SETTINGS, clip_rms=clip_rms))
-    np.testing.assert_allclose(step["w"], min(1, clip_rms) * one["w"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(step["w"], min(1, clip_rms) * one["w"], rtol=1e-6)
 
 
 def test_updates_fade_when_gradients_cease():
