@@ -79,7 +79,7 @@ SCALINGS: dict[str, Callable[..., optax.GradientTransformation]] = {
 
 
 def parse(spec: str) -> tuple[str, dict[str, Any]]:
-    """``"moma:rank=16,error_dtype=int8"`` -> ``("moma", {"rank": 16, "error_dtype": "int8"})``."""
+    """``"moma:rank=8,saliency=False"`` -> ``("moma", {"rank": 8, "saliency": False})``."""
     name, _, rest = spec.partition(":")
     if name not in SCALINGS:
         raise ValueError(f"{spec!r}: the optimizers are {', '.join(SCALINGS)}.")

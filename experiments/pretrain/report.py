@@ -37,7 +37,8 @@ HEADER = (
     "against AdamW's defaults, %", "sensitivity",
 )  # fmt: skip
 PARTS_HEADER = (
-    "optimizer", "state, % of AdamW's", "lr", "validation loss", "unchanged", "difference",
+    "optimizer", "state, % of AdamW's", "lr", "seeds", "validation loss", "unchanged",
+    "difference",
 )  # fmt: skip
 BETAS_HEADER = (
     "optimizer", "best b1, b2", "its loss", "worst b1, b2", "its loss", "a pair at random",
@@ -75,17 +76,25 @@ class Tuned(NamedTuple):
 
     Attributes:
       share: state's bytes over AdamW's.
-      rate: learning rate.
-      losses: validation losses at that rate, one per seed.
-      curve: by rate, the validation loss with the seed it was tuned with.
+      rate: the best learning rate with seed 0.
+      runs: validation losses by rate and seed.
       sensitivity: None while rates of the grid are missing.
     """
 
     share: float
     rate: float
-    losses: list[float]
-    curve: dict[float, float]
+    runs: dict[tuple[float, int], float]
     sensitivity: float | None
+
+    @property
+    def losses(self) -> list[float]:
+        """Those at the best rate, one per seed."""
+        return [loss for (rate, _), loss in self.runs.items() if rate == self.rate]
+
+    @property
+    def curve(self) -> dict[float, float]:
+        """By rate, the loss with the seed that the rate was tuned with."""
+        return {rate: loss for (rate, seed), loss in sorted(self.runs.items()) if seed == 0}
 
     @property
     def mean(self) -> float:
@@ -127,15 +136,14 @@ def tuned(rows: Iterable[Row]) -> dict[Size, dict[str, Tuned]]:
     for size, by_optimizer in sorted(groups.items()):
         found[size] = {}
         for optimizer, own in by_optimizer.items():
-            curve = {float(r["lr"]): float(r["validation"]) for r in own if r["seed"] == "0"}
+            runs = {(float(r["lr"]), int(r["seed"])): float(r["validation"]) for r in own}
+            curve = {rate: loss for (rate, seed), loss in runs.items() if seed == 0}
             if not curve:
                 continue
-            rate = best_rate(curve)
             found[size][optimizer] = Tuned(
                 int(own[0]["state_bytes"]) / int(own[0]["adamw_bytes"]),
-                rate,
-                [float(r["validation"]) for r in own if float(r["lr"]) == rate],
-                dict(sorted(curve.items())),
+                best_rate(curve),
+                runs,
                 sensitivity(curve, int(own[0]["vocabulary"])),
             )
     return found
@@ -168,14 +176,25 @@ def whole(optimizer: str) -> str:
 
 
 def part_lines(group: dict[str, Tuned]) -> list[tuple[str, ...]]:
-    """The rows of what ran at one rate: its loss, and the whole optimizer's at that rate."""
+    """The rows of what ran at one rate: its loss, the whole optimizer's with that rate and these
+    seeds, and the difference, seed by seed.
+    """
     found = []
     for name, t in sorted(group.items(), key=lambda item: item[1].mean):
         if len(t.curve) > 1:
             continue
-        unchanged = group[whole(name)].curve.get(t.rate) if whole(name) in group else None
-        compared = (f"{unchanged:.4f}", f"{t.mean - unchanged:+.4f}") if unchanged else ("", "")
-        found.append((name, f"{100 * t.share:.1f}", f"{t.rate:g}", f"{t.mean:.4f}", *compared))
+        unchanged = group[whole(name)].runs if whole(name) in group else {}
+        pairs = [(loss, unchanged[run]) for run, loss in t.runs.items() if run in unchanged]
+        sign = "+" if sum(x - y for x, y in pairs) >= 0 else ""
+        found.append((
+            name,
+            f"{100 * t.share:.1f}",
+            f"{t.rate:g}",
+            str(len(t.losses)),
+            pages.number(t.losses, 4, 1.0),
+            pages.number([y for _, y in pairs], 4, 1.0),
+            f"{sign}{pages.number([x - y for x, y in pairs], 4, 1.0)}" if pairs else "",
+        ))  # fmt: skip
     return found
 
 
@@ -266,8 +285,9 @@ def markdown(rows: list[Row], folder: Path) -> str:
         ]
         if at_one_rate := part_lines(group):
             parts += [
-                f"At a single rate, with seed 0 ({title(size)}); *unchanged*: the loss of the"
-                " optimizer of which a part is changed, at the same rate.",
+                f"At a single rate ({title(size)}); *unchanged*: the loss of the optimizer of"
+                " which a part is changed, with the same rate and seeds; *difference*: seed by"
+                " seed.",
                 pages.table(PARTS_HEADER, at_one_rate),
             ]
         if len(by_betas := betas(group)) > 1:

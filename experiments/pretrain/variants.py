@@ -2,7 +2,8 @@ r"""`moma` as one might also have built it, to measure what each of its choices 
 
     momentum of the preconditioned gradient, or preconditioning of the momentum
     Nesterov's momentum, or not
-    the subspace renewed at each step, or at every k-th
+    the subspace renewed at each step, or at every k-th, or by several power iterations
+    what the momentum loses to the truncation forgotten, or kept and fed back
 
 Plain code, for matrices alone: it forms what the library leaves implicit. With the library's
 choices its updates are the library's.
@@ -24,11 +25,19 @@ SMALLEST = 128
 
 
 class Matrix(NamedTuple):
-    """The momentum ``U diag(s) V^T`` and the second moments R, C of a matrix."""
+    """The momentum ``U diag(s) V^T``, what it lost, and the second moments R, C of a matrix."""
 
     factors: Factors
+    error: Any
     R: jax.Array
     C: jax.Array
+
+
+class Rounded(NamedTuple):
+    """``values * scale``: int8, with a scale for every 128 entries."""
+
+    values: jax.Array
+    scale: jax.Array
 
 
 class State(NamedTuple):
@@ -46,6 +55,8 @@ def scale_by_variant(
     nesterov: bool = False,
     precondition: Literal["before", "after"] = "before",
     refresh: int = 1,
+    power_iterations: int = 1,
+    error_dtype: str | None = None,
     learning_rate: optax.ScalarOrSchedule = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The update of ``om.scale_by_moma(rank, b1, b2)`` with other choices.
@@ -58,6 +69,10 @@ def scale_by_variant(
       precondition: The gradient before it enters the momentum, or momentum and residual after.
       refresh: The subspace is renewed at every so many steps, and kept in between: the momentum is
         then the projection of all gradients on it.
+      power_iterations: How often a new subspace is brought nearer to that of the momentum.
+      error_dtype: float32, bfloat16 or int8 (of leaves of a multiple of 128 entries), to keep what
+        the truncation takes from the momentum and add it to the next. The whole momentum then
+        makes the step: dense momentum, stored in two parts.
       learning_rate: Not used; `moma` takes it.
     """
     del learning_rate
@@ -67,7 +82,8 @@ def scale_by_variant(
             m, n = leaf.shape
             V = jax.random.normal(jax.random.key(m * n), (n, min(rank, m, n))) / n**0.5
             factors = Factors(jnp.zeros((m, V.shape[1])), jnp.zeros(V.shape[1]), V)
-            return Matrix(factors, jnp.zeros(m), jnp.zeros(n))
+            error = _stored(jnp.zeros_like(leaf), error_dtype)
+            return Matrix(factors, error, jnp.zeros(m), jnp.zeros(n))
 
         return State(jnp.zeros((), jnp.int32), jax.tree.map(one, params))
 
@@ -77,24 +93,31 @@ def scale_by_variant(
         w1, w2 = 1 - b1**count, 1 - b2**count
 
         def one(G: jax.Array, old: Matrix) -> tuple[jax.Array, Matrix]:
-            (U, s, V), R, C = old
+            (U, s, V), error, R, C = old
             R = moments.ema(R, jnp.sum(G**2, 1), b2)
             C = moments.ema(C, jnp.sum(G**2, 0), b2)
             p, q = moments.inverse_root(R, C, w2, 1e-8)
             P = p[:, None] * q
             target = P * G if precondition == "before" else G
-            whole = b1 * (U * s) @ V.T + (1 - b1) * target
-            Q = jnp.where(state.count % refresh == 0, orthonormalize(whole @ V), U)
-            Z, inside = whole.T @ Q, Q @ (Q.T @ target)
-            momentum = Q @ Z.T / w1
+            whole = b1 * ((U * s) @ V.T + _restored(error, G)) + (1 - b1) * target
+            X = V
+            for _ in range(power_iterations):
+                Q = jnp.where(state.count % refresh == 0, orthonormalize(whole @ X), U)
+                X = whole.T @ Q
+            Z, inside = X, Q @ (Q.T @ target)
+            held = Q @ Z.T
+            momentum, outside = held / w1, target - inside
+            if error_dtype is not None:
+                outside = (whole - held) / w1
             if nesterov:
                 momentum = b1 * momentum + (1 - b1) * inside
-            step = momentum + target - inside
+            step = momentum + outside
             step = step if precondition == "before" else P * step
             s = jnp.linalg.norm(Z, axis=0)
             V = jnp.where(s > 0, Z / jnp.maximum(s, jnp.finfo(s.dtype).tiny), V)
+            error = _stored(whole - held, error_dtype)
             return orthogonal_factor(step, 128, max(step.shape) ** 0.5), Matrix(
-                Factors(Q, s, V), R, C
+                Factors(Q, s, V), error, R, C
             )
 
         leaves, treedef = jax.tree.flatten(updates)
@@ -112,3 +135,17 @@ def scale_by_variant(
 
     matrices = optax.GradientTransformationExtraArgs(init, update)
     return optax.partition({"matrix": matrices, "other": om.scale_by_moma(1, b1, b2)}, labels)
+
+
+def _stored(x: jax.Array, dtype: str | None) -> Any:
+    if dtype != "int8":
+        return None if dtype is None else x.astype(dtype)
+    rows = x.reshape(-1, 128)
+    scale = jnp.max(jnp.abs(rows), axis=1, keepdims=True) / 127
+    return Rounded(jnp.round(rows / jnp.where(scale > 0, scale, 1)).astype(jnp.int8), scale)
+
+
+def _restored(error: Any, like: jax.Array) -> Any:
+    if isinstance(error, Rounded):
+        return (error.values * error.scale).reshape(like.shape)
+    return 0 if error is None else error.astype(like.dtype)

@@ -7,7 +7,8 @@ import optax
 import pytest
 
 import optax_moma as om
-from experiments.pretrain import model, optimizers
+from experiments.pretrain import model, optimizers, variants
+from optax_moma._orthogonal import orthogonal_factor
 
 SPECS = [
     "adamw:b2=0.95",
@@ -17,10 +18,11 @@ SPECS = [
     "galore:rank=4",
     "umtam:rank=4",
     "moma:rank=4",
-    "moma:rank=4,residual=0.0,error_dtype=int8",
+    "moma:rank=4,residual=0.0,saliency=False",
     "moma_clipped:rank=4",
     "moma_variant:rank=4,nesterov=True",
     "moma_variant:rank=4,precondition='after',refresh=2",
+    "moma_variant:rank=4,error_dtype=int8,power_iterations=2",
 ]
 PARAMS = {
     "up": {"kernel": jax.random.normal(jax.random.key(0), (128, 256)), "bias": jnp.ones(256)},
@@ -112,6 +114,50 @@ def test_a_variant_with_momas_choices_is_moma():
         assert float(jnp.abs(changed - moma).max()) > 1e-3
 
 
+def test_with_what_was_lost_fed_back_the_momentum_is_dense():
+    """Whatever the rank: what is not in the factors is in the error."""
+    updates, dense = [], np.zeros((128, 256))
+    R, C = np.zeros(128), np.zeros(256)
+    tx = variants.scale_by_variant(rank=2, error_dtype="float32")
+    params = {"kernel": PARAMS["up"]["kernel"]}
+    state = tx.init(params)
+    for t in range(1, 5):
+        G = np.cos(5.0 * t + np.arange(128 * 256, dtype=np.float64) ** 1.1).reshape(128, 256)
+        R, C = 0.999 * R + 0.001 * (G**2).sum(1), 0.999 * C + 0.001 * (G**2).sum(0)
+        scaled = G / np.sqrt(np.outer(R, C) / R.sum() / (1 - 0.999**t))
+        dense = 0.9 * dense + 0.1 * scaled
+        updates, state = tx.update({"kernel": jnp.asarray(G, jnp.float32)}, state, params)
+        step = jnp.asarray(dense / (1 - 0.9**t), jnp.float32)
+        expected = orthogonal_factor(step, 128, 16.0)
+        np.testing.assert_allclose(updates["kernel"], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_what_was_lost_may_be_kept_in_fewer_bits():
+    exact, halves, bytes_, none = (
+        some_updates(f"moma_variant:rank=4{error}")
+        for error in (
+            ",error_dtype=float32", ",error_dtype=bfloat16", ",error_dtype=int8", "",
+        )
+    )  # fmt: skip
+    sizes = [sum(x.nbytes for x in jax.tree.leaves(state)) for _, state in (halves, bytes_, none)]
+    assert np.diff(sizes).tolist() == [-128 * 256 + 4 * 256, -128 * 256 - 4 * 256]
+    away = lambda run: float(jnp.linalg.norm(run[0] - exact[0]) / jnp.linalg.norm(exact[0]))
+    assert 1e-5 < away(halves) < 0.02
+    assert 1e-5 < away(bytes_) < 0.05
+    assert away(none) > 0.2
+
+
+def test_power_iterations_find_what_the_momentum_is():
+    """The share of the momentum that is lost is never more by another iteration."""
+    lost = []
+    for iterations in (1, 2, 8):
+        _, state = some_updates(
+            f"moma_variant:rank=4,error_dtype=float32,power_iterations={iterations}"
+        )
+        lost.append(float(jnp.linalg.norm(optax.tree.get(state, "matrices")["kernel"].error)))
+    assert lost[0] > lost[1] > lost[2]
+
+
 def test_a_subspace_kept_for_some_steps():
     """From the fifth gradient on: that of one renewed at each step differs by the sixth."""
     states = {k: some_updates(f"moma_variant:rank=4,refresh={k}")[1] for k in (1, 5, 6)}
@@ -137,9 +183,9 @@ def test_schedule_rises_and_falls_to_a_tenth():
 
 
 def test_parse():
-    assert optimizers.parse("moma:rank=8,error_dtype=int8,saliency=False") == (
+    assert optimizers.parse("moma:rank=8,mu_dtype=bfloat16,saliency=False") == (
         "moma",
-        {"rank": 8, "error_dtype": "int8", "saliency": False},
+        {"rank": 8, "mu_dtype": "bfloat16", "saliency": False},
     )
     with pytest.raises(ValueError, match="adamw, adafactor"):
         optimizers.parse("sgd")

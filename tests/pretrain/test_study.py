@@ -202,7 +202,7 @@ def test_report(results, tmp_path, monkeypatch, capsys):
 
 
 def test_ranks_are_drawn_from_three_on_beside_the_best_of_others(tmp_path):
-    result = lambda loss: report.Tuned(0.1, 2e-3, [loss], {1e-3: 9.0, 2e-3: loss}, None)
+    result = lambda loss: report.Tuned(0.1, 2e-3, {(1e-3, 0): 9.0, (2e-3, 0): loss}, None)
     group = {f"moma:rank={r}": result(4.5 - r / 100) for r in (4, 8)}
     group |= {"adamw": result(4.6), "adamw:b1=0.5": result(4.4), "adamw:b2=0.9": result(4.5)}
     group |= {"adafactor:b1=0.9": result(4.6), "adafactor": result(4.5)}
@@ -214,23 +214,27 @@ def test_ranks_are_drawn_from_three_on_beside_the_best_of_others(tmp_path):
 
 
 def test_a_part_stands_beside_the_whole():
-    ran = lambda curve: report.Tuned(0.1, min(curve, key=curve.__getitem__), [], curve, None)
+    """With the whole's loss at the same rate and seeds, whether or not that is its best rate."""
+    ran = lambda rate, runs: report.Tuned(0.1, rate, runs, None)
     group = {
-        "moma:rank=8": ran({2e-3: 4.5, 4e-3: 4.25})._replace(losses=[4.25]),
-        "moma:rank=8,residual=0.0": ran({4e-3: 4.75})._replace(losses=[4.75]),
-        "moma_variant:rank=8,refresh=4": ran({8e-3: 4.0})._replace(losses=[4.0]),
-        "adamw": ran({4e-3: 5.0})._replace(losses=[5.0]),
+        "moma:rank=8": ran(4e-3, {(4e-3, 0): 4.25, (8e-3, 0): 4.5, (4e-3, 1): 4.0, (4e-3, 2): 9.0}),
+        "moma:rank=8,residual=0.0": ran(4e-3, {(4e-3, 0): 4.75, (4e-3, 1): 5.0}),
+        "moma:rank=8,b1=0.0": ran(8e-3, {(8e-3, 0): 4.25}),
+        "moma_variant:rank=8,refresh=4": ran(2e-3, {(2e-3, 0): 4.0}),
+        "adamw": ran(4e-3, {(4e-3, 0): 5.0}),
     }
     assert report.part_lines(group) == [
-        ("moma_variant:rank=8,refresh=4", "10.0", "0.008", "4.0000", "", ""),
-        ("moma:rank=8,residual=0.0", "10.0", "0.004", "4.7500", "4.2500", "+0.5000"),
-        ("adamw", "10.0", "0.004", "5.0000", "5.0000", "+0.0000"),
-    ]
+        ("moma_variant:rank=8,refresh=4", "10.0", "0.002", "1", "4.0000", "", ""),
+        ("moma:rank=8,b1=0.0", "10.0", "0.008", "1", "4.2500", "4.5000", "-0.2500"),
+        ("moma:rank=8,residual=0.0", "10.0", "0.004", "2", "4.8750 ± 0.1250", "4.1250 ± 0.1250",
+         "+0.7500 ± 0.2500"),
+        ("adamw", "10.0", "0.004", "1", "5.0000", "5.0000", "+0.0000"),
+    ]  # fmt: skip
 
 
 def test_betas_are_compared_over_the_pairs_that_all_have(tmp_path):
     ran = lambda *losses: report.Tuned(
-        0.1, 1e-3, [losses[0]], dict(zip(study.RATES, losses, strict=True)), None
+        0.1, 1e-3, {(r, 0): loss for r, loss in zip(study.RATES, losses, strict=True)}, None
     )
     group = {
         "adamw": ran(5.0, 5.0, 5.0),
