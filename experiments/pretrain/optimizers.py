@@ -1,6 +1,6 @@
 """The optimizers compared, all under the same clipping, weight decay and learning-rate schedule.
 
-An optimizer is written as its name and its own arguments, e.g. ``moma:rank=16,residual=0``:
+An optimizer is written as its name and its own arguments, e.g. ``moma:rank=16,b1=0``:
 
     clip by global norm -> the optimizer's scaling -> decoupled weight decay -> learning rate
 """

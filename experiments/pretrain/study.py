@@ -69,19 +69,20 @@ BETAS = (
     "adafactor:b1=0.5", "adafactor:b1=0.9",
 )  # fmt: skip
 """The same for both, beside 0.9 and 0.999; Adafactor has a schedule for the other."""
-PARTS = (
-    *(f"{MOMA},{part}" for part in (
-        "b1=0.0", "residual=0.0", "residual=0.5", "mu_dtype=bfloat16",
-    )),
-    *(f"moma_variant:rank=16,{part}" for part in (
-        "nesterov=True", "precondition='after'", "refresh=4", "refresh=16", "power_iterations=2",
-        "error_dtype=float32", "error_dtype=bfloat16", "error_dtype=int8",
-    )),
-)  # fmt: skip
+VARIANTS = {
+    name: f"moma_variant:rank=16,{name}"
+    for name in (
+        "residual=0.0", "residual=0.5", "nesterov=True", "precondition='after'", "refresh=4",
+        "refresh=16", "power_iterations=2", "error_dtype=float32", "error_dtype=bfloat16",
+        "error_dtype=int8",
+    )
+}  # fmt: skip
+PARTS = (f"{MOMA},b1=0.0", f"{MOMA},mu_dtype=bfloat16", *VARIANTS.values())
 DOUBTFUL = (
-    "moma_variant:rank=16,error_dtype=float32", "moma_variant:rank=16,power_iterations=2",
-    "moma_variant:rank=16,refresh=16", f"{MOMA},mu_dtype=bfloat16", f"{MOMA},residual=0.5",
-    f"{MOMA},b1=0.0",
+    *(VARIANTS[name] for name in (
+        "error_dtype=float32", "power_iterations=2", "refresh=16", "residual=0.5",
+    )),
+    *PARTS[1::-1],
 )  # fmt: skip
 """Parts whose worth one seed at width 128 leaves open."""
 RANKS = tuple(f"moma:rank={r}" for r in (32, 64, 128))

@@ -4,6 +4,7 @@ r"""`moma` as one might also have built it, to measure what each of its choices 
     Nesterov's momentum, or not
     the subspace renewed at each step, or at every k-th, or by several power iterations
     what the momentum loses to the truncation forgotten, or kept and fed back
+    the gradient outside the subspace as it is, or less of it
 
 Plain code, for matrices alone: it forms what the library leaves implicit. With the library's
 choices its updates are the library's.
@@ -52,6 +53,7 @@ def scale_by_variant(
     b1: float = 0.9,
     b2: float = 0.999,
     *,
+    residual: float = 1.0,
     nesterov: bool = False,
     precondition: Literal["before", "after"] = "before",
     refresh: int = 1,
@@ -65,6 +67,7 @@ def scale_by_variant(
       rank: Columns of the factors.
       b1: Decay of the momentum.
       b2: Decay of the second moments.
+      residual: Multiplies what an update has outside the subspace.
       nesterov: Whether the momentum counts ``b1``, the gradient ``1 - b1``, inside the subspace.
       precondition: The gradient before it enters the momentum, or momentum and residual after.
       refresh: The subspace is renewed at every so many steps, and kept in between: the momentum is
@@ -111,7 +114,7 @@ def scale_by_variant(
                 outside = (whole - held) / w1
             if nesterov:
                 momentum = b1 * momentum + (1 - b1) * inside
-            step = momentum + outside
+            step = momentum + residual * outside
             step = step if precondition == "before" else P * step
             s = jnp.linalg.norm(Z, axis=0)
             V = jnp.where(s > 0, Z / jnp.maximum(s, jnp.finfo(s.dtype).tiny), V)

@@ -18,9 +18,9 @@ SPECS = [
     "galore:rank=4",
     "umtam:rank=4",
     "moma:rank=4",
-    "moma:rank=4,residual=0.0,saliency=False",
+    "moma:rank=4,b1=0.0,saliency=False",
     "moma_clipped:rank=4",
-    "moma_variant:rank=4,nesterov=True",
+    "moma_variant:rank=4,residual=0.5,nesterov=True",
     "moma_variant:rank=4,precondition='after',refresh=2",
     "moma_variant:rank=4,error_dtype=int8,power_iterations=2",
 ]
@@ -112,6 +112,15 @@ def test_a_variant_with_momas_choices_is_moma():
     for other in ("nesterov=True", "precondition='after'"):
         changed = some_updates(f"moma_variant:rank=128,{other}")[0]
         assert float(jnp.abs(changed - moma).max()) > 1e-3
+
+
+def test_without_the_residual_an_update_has_the_rank_of_the_momentum():
+    """But for the weight decay."""
+    for residual, rank in ((0.0, 4), (0.5, 128)):
+        update, _ = some_updates(f"moma_variant:rank=4,residual={residual}")
+        step = update + 0.01 * 0.1 * PARAMS["up"]["kernel"]
+        values = np.linalg.svd(step)[1]
+        assert np.sum(values > 1e-3 * values[0]) == rank
 
 
 def test_with_what_was_lost_fed_back_the_momentum_is_dense():
