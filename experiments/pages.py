@@ -69,12 +69,12 @@ def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def number(values: Sequence[float], digits: int = 1, factor: float = 100.0) -> str:
-    """Mean and, of several values, their standard error."""
+def number(values: Sequence[float], digits: int = 1, factor: float = 100.0, sign: str = "") -> str:
+    """Mean and, of several values, their standard error; with ``sign="+"`` a plus, too."""
     x = factor * np.asarray(values, np.float64)
     if not len(x):
         return ""
-    mean = f"{x.mean():.{digits}f}"
+    mean = f"{x.mean():{sign}.{digits}f}"
     return mean if len(x) == 1 else f"{mean} ± {x.std(ddof=1) / np.sqrt(len(x)):.{digits}f}"
 
 

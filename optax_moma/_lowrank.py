@@ -66,11 +66,7 @@ def _pass(Y: jax.Array, shift: Any, least: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def follow(
-    factors: Factors,
-    decay: Scalar,
-    matmul: Operator,
-    rmatmul: Operator,
-    power_iterations: int | jax.Array = 1,
+    factors: Factors, decay: Scalar, matmul: Operator, rmatmul: Operator
 ) -> tuple[Factors, jax.Array]:
     r"""One warm-started subspace step: the rank-r part of ``decay * U s V^T + A``.
 
@@ -87,25 +83,15 @@ def follow(
       decay: A number.
       matmul: ``X (n, r) -> A X (m, r)``; A itself is never needed.
       rmatmul: ``X (m, r) -> X^T A (r, n)``.
-      power_iterations: How often the products are made, each time from the last Z in place of V.
-        One is enough to follow a target that changes slowly.
 
     Returns:
       The new factors, and ``Q^T A`` (r, n), from which A's share inside the subspace follows.
     """
     U, s, V = factors
     Us = U * (decay * s)[..., None, :]
-
-    def iterate(X: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        Q = orthonormalize(contract("mr,rs->ms", Us, contract("nr,ns->rs", V, X)) + matmul(X))
-        inside = rmatmul(Q)
-        return Q, contract("rs,ns->rn", contract("mr,ms->rs", Q, Us), V) + inside, inside
-
-    Q, Z, inside = iterate(V)
-    if not (isinstance(power_iterations, int) and power_iterations == 1):
-        Q, Z, inside = jax.lax.fori_loop(
-            1, power_iterations, lambda _, last: iterate(transposed(last[1])), (Q, Z, inside)
-        )
+    Q = orthonormalize(contract("mr,rs->ms", Us, contract("nr,ns->rs", V, V)) + matmul(V))
+    inside = rmatmul(Q)
+    Z = contract("rs,ns->rn", contract("mr,ms->rs", Q, Us), V) + inside
     return _normalized(Q, Z, V), inside
 
 

@@ -40,7 +40,6 @@ from ._checks import Scalar, check_decay, check_integer, check_not_negative, che
 from ._lowrank import Factors, follow, transposed
 from ._matrix import Layout, contract, divisor, layouts, reshard, unshared
 from ._orthogonal import orthogonal_factor
-from ._quantize import Blocks, dequantize, quantize
 from ._tree import (
     at_least_float32,
     is_none,
@@ -69,8 +68,6 @@ class ScaleByMomaState(NamedTuple):
       C: Moving average of its column sums, (n,).
       saliency_row: Sums over rows of the loss decrease along the trajectory, (m,).
       saliency_col: The same over columns, (n,).
-      error: The momentum outside the subspace, (m, n), as an array or int8 blocks; a
-        ``MaskedNode`` without ``error_dtype``.
       mu: First moment of every other leaf.
       nu: Second moment of every other leaf.
       saliency: Loss decrease along the trajectory, entry by entry, of every other leaf.
@@ -86,7 +83,6 @@ class ScaleByMomaState(NamedTuple):
     C: Any
     saliency_row: Any
     saliency_col: Any
-    error: Any
     mu: Any
     nu: Any
     saliency: Any
@@ -102,7 +98,6 @@ class _Matrix(NamedTuple):
     C: Any
     saliency_row: Any
     saliency_col: Any
-    error: Any
 
 
 class _Dense(NamedTuple):
@@ -122,11 +117,9 @@ class _Hyper(NamedTuple):
     b1: Scalar
     b2: Scalar
     eps: Scalar
-    residual: Scalar
     clip_rms: Scalar
     orthogonal_block_size: int | None
     clip_spectral: Scalar
-    power_iterations: int | jax.Array
     learning_rate: Scalar
     mu_weight: jax.Array
     nu_weight: jax.Array
@@ -138,16 +131,13 @@ def scale_by_moma(
     b2: Scalar = 0.999,
     *,
     eps: Scalar = 1e-8,
-    residual: Scalar = 1.0,
     clip_rms: Scalar = 1.0,
     orthogonal_block_size: int | None = 128,
     clip_spectral: Scalar | None = None,
-    power_iterations: int | jax.Array = 1,
     min_dim_size_to_factor: int = 128,
     weight_dimension_numbers: Any = None,
     saliency: bool = True,
     learning_rate: optax.ScalarOrSchedule = 1.0,
-    error_dtype: DTypeLike | None = None,
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = None,
     seed: int = 0,
@@ -166,13 +156,13 @@ def scale_by_moma(
     entry, or its row and its column.
 
     Args:
-      rank: Columns of the momentum's factors, r >= 1 (at most min(m, n) are kept).
+      rank: Columns of the momentum's factors, r >= 1 (at most min(m, n) are kept). In pretraining
+        it hardly counts (``experiments/pretrain``); without blocks it does.
       b1: Decay of the momentum, in [0, 1).
       b2: Decay of the second moments R and C, in [0, 1).
       eps: The preconditioner counts no row, column or entry as less than this share of the average
         one. Relative: a loss multiplied by a constant gives the same updates; an entry that once
         had a gradient ``eps**-0.5`` times the others' holds them back while it is remembered.
-      residual: Multiplies the part of the gradient outside the subspace; 0 leaves it out.
       clip_rms: Largest root mean square of a matrix's update, or of another leaf's, as in
         Adafactor; ``inf`` for none. An orthogonalized update of many directions has about 1, 0.6 to
         1.2, times ``clip_rms`` if that is less.
@@ -192,8 +182,6 @@ def scale_by_moma(
       clip_spectral: Without blocks, the largest length of one of the momentum's directions (they
         converge to singular values), in units of :math:`\sqrt{\max(m, n)}`; None for 1, ``inf`` for
         no limit.
-      power_iterations: Subspace iterations per step, >= 1, of two thin products with the gradient
-        each. More follow the momentum's best rank-r part more closely.
       min_dim_size_to_factor: A matrix with fewer rows or columns is kept with Adam's dense moments,
         as are leaves that are no matrices, and complex ones.
       weight_dimension_numbers: Which axes of a leaf are fan-in and fan-out; the others stack
@@ -203,9 +191,9 @@ def scale_by_moma(
         a tree.
       saliency: Whether to accumulate the loss decrease along the trajectory, the path integral
         :math:`\sum_t -g \odot \Delta w`, as row and column sums. It touches no step, and no
-        function of this package reads it. It adds about a third to what a matrix's update reads and
-        writes: ``cost_analysis()["bytes accessed"]`` of the compiled update of 768 x 3072 in
-        float32 on a CPU is 22.2 times the matrix with it and 16.2 times without. To choose entries
+        function of this package reads it. It adds over a quarter to what a matrix's update reads
+        and writes: ``cost_analysis()["bytes accessed"]`` of the compiled update of 768 x 3072 in
+        float32 on a CPU is 18.2 times the matrix with it and 14.2 times without. To choose entries
         after training :func:`optax_moma.saliency`, from R and C, is the better score: in
         ``experiments/glue`` 5 % of the entries keep 7.7 ± 3.2 points more by it than by magnitude
         (three seeds), and 4.6 ± 2.4 points less by the integral (one seed). Without use for the
@@ -213,12 +201,8 @@ def scale_by_moma(
       learning_rate: The rate (or schedule) by which the chain multiplies these updates later on. It
         weighs the steps in ``saliency`` and touches nothing else; 1, for want of it, weighs a
         constant rate's steps rightly up to that factor.
-      error_dtype: None; or the type of a buffer (m, n) for the momentum outside the subspace:
-        ``float32``, ``bfloat16``, or ``int8`` with one scale per 128 entries of a row. With it
-        nothing is lost by truncation, and the residual is that of the momentum: the dense average.
-        Columns that lie on several devices should do so by multiples of 128: else an update sends
-        shares of an int8 buffer to neighbours.
-      mu_dtype: Type of U, s, V and mu. None: the gradient's, but at least float32.
+      mu_dtype: Type of U, s, V and mu: bfloat16, float16, float32 or float64. None: the gradient's,
+        but at least float32.
       nu_dtype: Type of R, C, nu and the saliency, float32 or float64: in half a type, a moving
         average with b2 = 0.999 stands still. None: the gradient's, but at least float32.
       seed: Seed of the random directions where the subspace starts to look.
@@ -249,9 +233,9 @@ def scale_by_moma(
       An ``optax.GradientTransformationExtraArgs``. It needs no params.
 
     Raises:
-      ValueError: rank < 1, b1 or b2 outside [0, 1), a negative eps, residual, clip_rms or
-        clip_spectral, a clip_spectral beside blocks, orthogonal_block_size < 1, dimension numbers
-        that do not fit a leaf, an error_dtype that is none of these.
+      ValueError: rank < 1, b1 or b2 outside [0, 1), a negative eps, clip_rms or clip_spectral, a
+        clip_spectral beside blocks, orthogonal_block_size < 1, dimension numbers that do not fit a
+        leaf, a mu_dtype or nu_dtype that is none of these.
       TypeError: rank, min_dim_size_to_factor or orthogonal_block_size is not a Python integer. They
         fix shapes: under ``optax.inject_hyperparams`` name them in ``static_args``. Or b1, b2 or
         eps is an array of a type narrower than float32, in which 0.999 is 1 and nothing trains:
@@ -268,22 +252,20 @@ def scale_by_moma(
 
     Source: momentum in a warm-started subspace after Ahn et al., "Dion: Distributed Orthonormalized
     Updates", 2025; R, C and the clipping by RMS after Shazeer and Stern, "Adafactor", 2018; the
-    residual after Chen et al., "Fira", 2024; orthogonal updates after Jordan et al., "Muon", 2024,
-    their blocks after Khaled et al., "MuonBP", 2025; the spectral clipping, free where the factors
-    are at hand, after Jiang et al., "Enhancing LLM Training via Spectral Clipping", 2026; the path
-    integral after Zenke et al., "Continual Learning Through Synaptic Intelligence", 2017.
+    gradient outside the subspace after Chen et al., "Fira", 2024; orthogonal updates after Jordan
+    et al., "Muon", 2024, their blocks after Khaled et al., "MuonBP", 2025; the spectral clipping,
+    free where the factors are at hand, after Jiang et al., "Enhancing LLM Training via Spectral
+    Clipping", 2026; the path integral after Zenke et al., "Continual Learning Through Synaptic
+    Intelligence", 2017.
     """
     rank = check_integer("rank", rank, lowest=1)
     min_dim_size_to_factor = check_integer(
         "min_dim_size_to_factor", min_dim_size_to_factor, lowest=1
     )
-    if not isinstance(power_iterations, jax.Array):
-        power_iterations = check_integer("power_iterations", power_iterations, lowest=1)
     check_decay("b1", b1)
     check_decay("b2", b2)
     check_width("eps", eps)
     check_not_negative("eps", eps)
-    check_not_negative("residual", residual)
     check_not_negative("clip_rms", clip_rms)
     if orthogonal_block_size is not None:
         orthogonal_block_size = check_integer(
@@ -297,7 +279,6 @@ def scale_by_moma(
             " orthogonal_block_size=None with it, or leave it out."
         )
     check_not_negative("clip_spectral", clip_spectral)
-    _check_dtype("error_dtype", error_dtype, jnp.float32, jnp.bfloat16, jnp.int8)
     _check_dtype("mu_dtype", mu_dtype, jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16)
     _check_dtype("nu_dtype", nu_dtype, jnp.float64, jnp.float32)
 
@@ -330,7 +311,6 @@ def scale_by_moma(
             C=C,
             saliency_row=jnp.zeros_like(R) if saliency else optax.MaskedNode(),
             saliency_col=jnp.zeros_like(C) if saliency else optax.MaskedNode(),
-            error=_no_error(leaf, layout, error_dtype),
         )
 
     def init(params: optax.Params) -> ScaleByMomaState:
@@ -352,8 +332,7 @@ def scale_by_moma(
         plain = unboxed(updates)
         rate: Any = learning_rate(state.count) if callable(learning_rate) else learning_rate
         hyper = _Hyper(
-            b1, b2, eps, residual, clip_rms, orthogonal_block_size, clip_spectral,
-            power_iterations, rate,
+            b1, b2, eps, clip_rms, orthogonal_block_size, clip_spectral, rate,
             mu_weight=moments.ema(state.mu_weight, jnp.ones((), jnp.float32), b1),
             nu_weight=moments.ema(state.nu_weight, jnp.ones((), jnp.float32), b2),
         )  # fmt: skip
@@ -383,8 +362,7 @@ def scale_by_moma(
 def _matrix_step(
     g: jax.Array, state: _Matrix, layout: Layout, hyper: _Hyper
 ) -> tuple[jax.Array, _Matrix]:
-    b1, w1 = hyper.b1, hyper.mu_weight
-    block_size = hyper.orthogonal_block_size
+    b1, block_size = hyper.b1, hyper.orthogonal_block_size
     wide = at_least_float32(g.dtype)
     G = layout.to_matrix(g).astype(wide)
     U, s, V, R, C = (x.astype(wide) for x in state[:5])
@@ -394,58 +372,36 @@ def _matrix_step(
     p, q = moments.inverse_root(R, C, hyper.nu_weight, hyper.eps)
     p, q = p[..., :, None], q[..., None, :]
 
-    if isinstance(state.error, optax.MaskedNode):
-        factors, inside = follow(
-            Factors(U, s, V),
-            b1,
-            # A = (1 - b1) P * G, and P = p q only ever scales rows and columns.
-            lambda X: (1 - b1) * p * contract("mn,nr->mr", G, transposed(q) * X),
-            lambda X: (1 - b1) * q * contract("mr,mn->rn", p * X, G),
-            hyper.power_iterations,
-        )
-        B = inside / (1 - b1)
-        lengths = _lengths(factors.s, layout, hyper)
-        # U (lengths V^T) + residual (G' - U B)
-        K = transposed(factors.V) * lengths[..., None] - hyper.residual * B
-        high = hyper.residual * p
-        if block_size is None:  # its norm is known before it is formed
-            total = _norm(unshared(p) * G * unshared(q))
-            outside = hyper.residual * jnp.sqrt(jnp.maximum(total**2 - _norm(B) ** 2, 0))
-            norm = jnp.hypot(jnp.linalg.norm(lengths, axis=-1)[..., None, None], outside)
-            clip = _clip(norm, layout, hyper.clip_rms)
-            K, high = clip * K, clip * high
-        step, error = contract("mr,rn->mn", factors.U, K) + high * G * q, state.error
-        # The sums of G * step, from thin products: read for them, step would have to be stored.
-        by_col, by_row = _weighted_square(q, G), _weighted_square(high, G)
-        rows = jnp.sum(factors.U * contract("mn,rn->mr", G, K), axis=-1)
-        rows += high[..., 0] * moments.row_sums(by_col)
-        cols = jnp.sum(K * contract("mr,mn->rn", factors.U, G), axis=-2)
-        cols += q[..., 0, :] * moments.col_sums(by_row)
-    else:
-        A = (1 - b1) * p * G * q + b1 * _decode(state.error, wide)
-        factors, _ = follow(
-            Factors(U, s, V),
-            b1,
-            lambda X: contract("mn,nr->mr", A, X),
-            lambda X: contract("mr,mn->rn", X, A),
-            hyper.power_iterations,
-        )
-        lengths = _lengths(factors.s, layout, hyper)
-        before, held, applied = (
-            contract("mr,nr->mn", x.U * x.s[..., None, :], x.V)
-            for x in (Factors(U, s, V), factors, factors._replace(s=lengths))
-        )
-        missed = b1 * before + A - held
-        step = applied + hyper.residual / w1 * missed
-        if block_size is None:
-            step = step * _clip(_norm(step), layout, hyper.clip_rms)
-        rows, cols = moments.row_sums(G * step), moments.col_sums(G * step)
-        error = quantize(missed) if isinstance(state.error, Blocks) else missed
+    factors, inside = follow(
+        Factors(U, s, V),
+        b1,
+        # A = (1 - b1) P * G, and P = p q only ever scales rows and columns.
+        lambda X: (1 - b1) * p * contract("mn,nr->mr", G, transposed(q) * X),
+        lambda X: (1 - b1) * q * contract("mr,mn->rn", p * X, G),
+    )
+    lengths, B = factors.s / hyper.mu_weight, inside / (1 - b1)
+    m, n = layout.matrix_shape[-2:]
 
-    if block_size is not None:  # the sums above are then not computed
-        size = jnp.minimum(1, hyper.clip_rms).astype(wide) * max(layout.matrix_shape[-2:]) ** 0.5
+    if block_size is not None:
+        K = transposed(factors.V) * lengths[..., None] - B
+        step = contract("mr,rn->mn", factors.U, K) + p * G * q
+        size = jnp.minimum(1, hyper.clip_rms).astype(wide) * max(m, n) ** 0.5
         step = orthogonal_factor(step, block_size, size)
         rows, cols = moments.row_sums(G * step), moments.col_sums(unshared(G) * step)
+    else:
+        lengths = jnp.minimum(lengths, hyper.clip_spectral * max(m, n) ** 0.5)
+        total = _norm(unshared(p) * G * unshared(q))  # of G', and then of the step, not yet formed
+        outside = jnp.sqrt(jnp.maximum(total**2 - _norm(B) ** 2, 0))
+        norm = jnp.hypot(jnp.linalg.norm(lengths, axis=-1)[..., None, None], outside)
+        rms = jnp.sqrt(jnp.square(norm) / (m * n))
+        clip = jnp.minimum(1, hyper.clip_rms / divisor(rms))
+        K, high = clip * (transposed(factors.V) * lengths[..., None] - B), clip * p
+        step = contract("mr,rn->mn", factors.U, K) + high * G * q
+        # The sums of G * step, from thin products: read for them, step would have to be stored.
+        rows = jnp.sum(factors.U * contract("mn,rn->mr", G, K), axis=-1)
+        rows += high[..., 0] * moments.row_sums(_weighted_square(q, G))
+        cols = jnp.sum(K * contract("mr,mn->rn", factors.U, G), axis=-2)
+        cols += q[..., 0, :] * moments.col_sums(_weighted_square(high, G))
 
     rate = hyper.learning_rate
     return layout.from_matrix(step, g).astype(g.dtype), _Matrix(
@@ -454,7 +410,6 @@ def _matrix_step(
         C,
         _accumulate(state.saliency_row, rate * rows),
         _accumulate(state.saliency_col, rate * cols),
-        error,
     )
 
 
@@ -477,32 +432,6 @@ def _check_dtype(name: str, dtype: DTypeLike | None, *allowed: DTypeLike) -> Non
     if not known:
         names = ", ".join(jnp.dtype(x).name for x in allowed)
         raise ValueError(f"{name} must be None or one of {names}, got {dtype!r}.")
-
-
-def _no_error(leaf: Any, layout: Layout, error_dtype: DTypeLike | None) -> Any:
-    if error_dtype is None:
-        return optax.MaskedNode()
-    error = layout.to_matrix(jnp.zeros_like(leaf, dtype=jnp.float32))
-    return quantize(error) if jnp.dtype(error_dtype) == jnp.int8 else error.astype(error_dtype)
-
-
-def _decode(error: Any, dtype: DTypeLike) -> jax.Array:
-    return dequantize(error, dtype) if isinstance(error, Blocks) else error.astype(dtype)
-
-
-def _lengths(s: jax.Array, layout: Layout, hyper: _Hyper) -> jax.Array:
-    """How far the momentum's directions move: their averages, which blocks limit by themselves."""
-    average = s / hyper.mu_weight
-    if hyper.orthogonal_block_size is not None:
-        return average
-    return jnp.minimum(average, hyper.clip_spectral * max(layout.matrix_shape[-2:]) ** 0.5)
-
-
-def _clip(norm: jax.Array, layout: Layout, clip_rms: Scalar) -> jax.Array:
-    """The factors that bring updates of these norms, (*batch, 1, 1), to an RMS of ``clip_rms``."""
-    m, n = layout.matrix_shape[-2:]
-    rms = jnp.sqrt(jnp.square(norm) / (m * n))
-    return jnp.minimum(1, clip_rms / divisor(rms))
 
 
 def _norm(x: jax.Array) -> jax.Array:
@@ -528,14 +457,11 @@ def moma(
     weight_decay: Scalar = 0.0,
     mask: Any = None,
     eps: Scalar = 1e-8,
-    residual: Scalar = 1.0,
     clip_rms: Scalar = 1.0,
     orthogonal_block_size: int | None = 128,
     clip_spectral: Scalar | None = None,
-    power_iterations: int | jax.Array = 1,
     weight_dimension_numbers: Any = None,
     saliency: bool = True,
-    error_dtype: DTypeLike | None = None,
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = None,
     seed: int = 0,
@@ -570,18 +496,15 @@ def moma(
       weight_decay: Decoupled decay, multiplied by the learning rate.
       mask: Where to decay: a tree of booleans, or a callable from parameters to one.
       eps: See :func:`scale_by_moma`, as for all arguments that follow.
-      residual: Multiplies the part of the gradient outside the subspace.
       clip_rms: Largest root mean square of a matrix's update, or of another leaf's.
       orthogonal_block_size: Rows (or columns) of the shorter side that are made orthogonal to each
         other in an update; None to clip instead.
       clip_spectral: Without blocks, the largest length of a direction of the momentum, in units of
         sqrt(max(m, n)); None for 1.
-      power_iterations: Subspace iterations per step.
       weight_dimension_numbers: Which axes of a leaf are fan-in and fan-out. Say it for leaves of
         more than two axes, such as attention heads: :func:`scale_by_moma` has a table.
-      saliency: Whether to accumulate the loss decrease along the trajectory, which costs a third of
-        the update's memory traffic.
-      error_dtype: Type of a dense buffer for the momentum outside the subspace, or None.
+      saliency: Whether to accumulate the loss decrease along the trajectory, which adds over a
+        quarter to the update's memory traffic.
       mu_dtype: Type of the momentum.
       nu_dtype: Type of the second moments and the saliency.
       seed: Seed of the random start of the subspace.
@@ -621,16 +544,13 @@ def moma(
             b1,
             b2,
             eps=eps,
-            residual=residual,
             clip_rms=clip_rms,
             orthogonal_block_size=orthogonal_block_size,
             clip_spectral=clip_spectral,
-            power_iterations=power_iterations,
             min_dim_size_to_factor=min_dim_size_to_factor,
             weight_dimension_numbers=weight_dimension_numbers,
             saliency=saliency,
             learning_rate=learning_rate,
-            error_dtype=error_dtype,
             mu_dtype=mu_dtype,
             nu_dtype=nu_dtype,
             seed=seed,

@@ -9,7 +9,6 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ._curvature import sources
-from ._quantize import Blocks
 from ._tree import is_none, path_name, unboxed
 
 
@@ -69,26 +68,22 @@ def state_size(tx: optax.GradientTransformation, params: Any) -> StateSize:
 
 def _field(path: tuple[Any, ...], param_paths: Collection[tuple[Any, ...]]) -> str:
     """The name of a NamedTuple's field that a path leads through, last before a parameter's."""
-    start, _ = _parameter(path, param_paths) or (len(path), len(path))
-    names = [key.name for key in path[:start] if isinstance(key, jax.tree_util.GetAttrKey)]
+    fields = path[: _start_of_parameter(path, param_paths)]
+    names = [key.name for key in fields if isinstance(key, jax.tree_util.GetAttrKey)]
     return names[-1] if names else path_name(path)
 
 
-def _parameter(
+def _start_of_parameter(
     path: tuple[Any, ...], param_paths: Collection[tuple[Any, ...]]
-) -> tuple[int, int] | None:
-    """Where in the path of a state's array the path of its parameter begins and ends.
+) -> int | None:
+    """Where in the path of a state's array, at its end, the path of its parameter begins.
 
-    It ends with the array's, or before a field of :class:`Blocks`, and is the tree of a named
-    field: that of a list's first leaf is not in the first link of a chain, nor is a leaf named mu
-    the field of this name.
+    It is in the tree of a named field: that of a list's first leaf is not in the first link of a
+    chain, nor is a leaf named mu the field of this name.
     """
-    ends = [len(path)]
-    if path[-1:] in [(jax.tree_util.GetAttrKey(field),) for field in Blocks._fields]:
-        ends.append(len(path) - 1)
     in_a_field = lambda i: not isinstance(path[i - 1], jax.tree_util.SequenceKey)  # noqa: E731
-    spans = [(i, end) for end in ends for i in range(1, end + 1) if in_a_field(i)]
-    return min((x for x in spans if path[slice(*x)] in param_paths), default=None)
+    starts = range(1, len(path) + 1)
+    return next((i for i in starts if in_a_field(i) and path[i:] in param_paths), None)
 
 
 def state_partition_specs(
@@ -173,8 +168,8 @@ def state_partition_specs(
     axes_of = {path: _axis_names(spec) for (path, _), spec in zip(flat, specs, strict=True)}
 
     def spread(path: tuple[Any, ...], x: Any, spec: PartitionSpec) -> PartitionSpec:
-        found = _parameter(path, axes_of)
-        axes = axes_of[path[slice(*found)]] if found else []
+        start = _start_of_parameter(path, axes_of)
+        axes = [] if start is None else axes_of[path[start:]]
         return _spread(x.shape, spec, axes, spread_over.shape)
 
     return jax.tree.map_with_path(spread, state, state_specs)

@@ -233,27 +233,3 @@ def test_nothing_to_follow():
         factors, inside = follow(factors, 0.9, jnp.zeros((5, 4)))
     assert not np.any(whole(factors)) and not np.any(inside)
     assert np.all(np.linalg.norm(factors.V, axis=0) > 0.5)  # still looking
-
-
-def test_power_iterations_come_closer_to_the_best_rank_r_part():
-    """From a cold start on a slowly decaying spectrum, against NumPy's own subspace iteration."""
-    rng = np.random.default_rng(3)
-    left, right = (np.linalg.qr(rng.normal(size=(size, 30)))[0] for size in (50, 40))
-    A = (left / np.sqrt(np.arange(1, 31))) @ right.T
-    V = rng.normal(size=(40, 5))
-    zero = Factors(jnp.zeros((50, 5)), jnp.zeros(5), jnp.asarray(V, jnp.float32))
-    matmuls = lambda X: product(A, X), lambda X: product(X.T, A)
-    step = lambda count: _lowrank.follow(zero, 0.9, *matmuls, count)
-    losses = []
-    for iterations in (1, 2, 4):
-        basis = V
-        for _ in range(iterations):
-            Q = np.linalg.qr(A @ basis)[0]
-            basis = A.T @ Q
-        expected = Q @ (Q.T @ A)
-        losses.append(np.linalg.norm(A - expected))
-        for run in (lambda count: step(int(count)), jax.jit(step)):  # traced, it is a loop
-            factors, _ = run(jnp.asarray(iterations))
-            found = np.asarray(factors.U * factors.s) @ np.asarray(factors.V).T
-            np.testing.assert_allclose(found, expected, atol=2e-5)
-    assert losses[0] > losses[1] > losses[2]

@@ -11,7 +11,6 @@ import pytest
 from optax.contrib import MuonDimensionNumbers as Axes
 
 import optax_moma as om
-from optax_moma._quantize import BLOCK, Blocks
 
 SMALL = {"min_dim_size_to_factor": 1}
 CLIPPED = SMALL | {"orthogonal_block_size": None}
@@ -64,11 +63,9 @@ def assert_close(actual, desired, rtol=2e-5, what=""):
 class Transcript:
     """The equations of the optimizer for one matrix, in float64; QR in place of Cholesky-QR."""
 
-    def __init__(
-        self, V, n_rows, *, b1=0.9, b2=0.999, residual=1.0, clip_spectral=1.0, clip_rms=1.0
-    ):
+    def __init__(self, V, n_rows, *, b1=0.9, b2=0.999, clip_spectral=1.0, clip_rms=1.0):
         self.V, self.M = np.asarray(V, np.float64), np.zeros((n_rows, len(V)))
-        self.b1, self.b2, self.residual = b1, b2, residual
+        self.b1, self.b2 = b1, b2
         self.clip_spectral, self.clip_rms = clip_spectral, clip_rms
         self.R, self.C, self.t = np.zeros(n_rows), np.zeros(len(V)), 0
 
@@ -87,7 +84,7 @@ class Transcript:
         moved = np.linalg.norm(Q.T @ inside, axis=1, keepdims=True)
         largest = self.clip_spectral * np.sqrt(max(inside.shape))
         inside = Q @ (Q.T @ inside * np.minimum(1, largest / moved))
-        delta = inside + self.residual * (hat - Q @ Q.T @ hat)
+        delta = inside + (hat - Q @ Q.T @ hat)
         return delta * min(1, self.clip_rms / rms(delta))
 
 
@@ -96,7 +93,7 @@ class Transcript:
     [
         ((9, 14), {}, False),
         ((9, 14), {}, True),
-        ((14, 9), {"residual": 0.3, "clip_rms": np.inf}, False),
+        ((14, 9), {"clip_rms": np.inf}, False),
         ((14, 9), {"b1": 0.8, "b2": 0.95, "clip_rms": 0.4}, True),
         ((9, 14), {"clip_spectral": np.inf}, False),
         ((9, 14), {"clip_spectral": 0.3, "clip_rms": np.inf}, False),
@@ -235,53 +232,13 @@ def test_at_full_rank_the_momentum_is_the_dense_average(shape):
         assert_close(updates[-1], average / (1 - 0.9**10), 1e-5)
 
 
-@pytest.mark.parametrize(
-    ("error_dtype", "rtol"), [(jnp.float32, 2e-5), (jnp.bfloat16, 2e-2), (jnp.int8, 2e-2)]
-)
-def test_with_an_error_buffer_it_is_dense_momentum(error_dtype, rtol):
-    """As Adafactor with momentum; the buffer's type bounds the difference."""
-    grads = draws(8, 11)
-    updates, state = run(om.scale_by_moma(2, error_dtype=error_dtype, **PLAIN), grads)
-    exact, average = Transcript(np.zeros((11, 1)), 8), np.zeros((8, 11))
-    for t, (g, update) in enumerate(zip(grads, updates, strict=True), start=1):
-        average = 0.9 * average + 0.1 * exact.preconditioned(np.asarray(g, np.float64))
-        assert_close(update, average / (1 - 0.9**t), rtol, f"update {t}")
-    error = state.error
-    if error_dtype == jnp.int8:
-        assert isinstance(error, Blocks) and error.values.dtype == jnp.int8
-        error = np.asarray(error.values) * np.asarray(error.scale)[:, :1]
-    else:
-        assert error.dtype == error_dtype
-    assert_close(momentum(state) + np.asarray(error, np.float64), average, rtol)
-
-
-def test_with_an_error_buffer_and_no_residual_it_applies_the_rank_r_part():
-    tx = om.scale_by_moma(2, residual=0.0, error_dtype=jnp.float32, **PLAIN)
-    updates, state = run(tx, draws(8, 11))
-    assert np.linalg.matrix_rank(np.asarray(updates[-1]), tol=1e-4) == 2
-    assert_close(updates[-1], momentum(state) / (1 - 0.9**10), 1e-5)
-
-
-def test_int8_error_is_within_half_a_scale_of_the_exact_one():
-    grads = draws(8, 300, steps=1)
-    coarse, fine = (
-        run(om.scale_by_moma(1, error_dtype=dtype, **SMALL), grads)[1].error
-        for dtype in (jnp.int8, jnp.float32)
-    )
-    scale = np.repeat(np.asarray(coarse.scale), BLOCK, axis=-1)[:, :300]
-    assert np.all(np.abs(coarse.values * scale - fine) <= scale * 0.5001)
-
-
-@pytest.mark.parametrize("error_dtype", [None, jnp.float32])
 @pytest.mark.parametrize("shape", [(6, 30), (30, 6)])
-def test_no_direction_of_the_momentum_moves_further_than_in_an_orthogonal_update(
-    shape, error_dtype
-):
+def test_no_direction_of_the_momentum_moves_further_than_in_an_orthogonal_update(shape):
     """A constant gradient of few directions, whose factors have come to its singular vectors."""
     rng = np.random.default_rng(0)
     u, v = (np.linalg.qr(rng.choice([-1.0, 1.0], size=(size, 6)))[0][:, :3] for size in shape)
     g = np.asarray(u * [4.0, 2.0, 1e-2] @ v.T, np.float32)
-    settings = {"error_dtype": error_dtype, "clip_rms": np.inf} | CLIPPED
+    settings = CLIPPED | {"clip_rms": np.inf}
     (*_, clipped), state = run(om.scale_by_moma(3, **settings), [g] * 30)
     (*_, free), _ = run(om.scale_by_moma(3, clip_spectral=np.inf, **settings), [g] * 30)
     (left, values, right), largest = np.linalg.svd(free, full_matrices=False), 30**0.5
@@ -303,14 +260,12 @@ def stacked_start(tx, grads, state):
     [{}, {"orthogonal_block_size": 5}, CLIPPED, CLIPPED | {"clip_rms": 0.3}],
     ids=["default", "blocks", "clipped", "clipped further"],
 )
-@pytest.mark.parametrize("error_dtype", [None, jnp.int8])
-def test_a_stack_is_its_layers(error_dtype, rule):
+def test_a_stack_is_its_layers(rule):
     """Each by its own size: of the first the gradients have rank one, which is cut further."""
     grads = draws(3, 8, 11)
     for g in grads:
         g[0] = g[0, :, :1] * g[0, :1]
-    settings = rule | {"error_dtype": error_dtype, "min_dim_size_to_factor": 8}
-    tx = om.scale_by_moma(2, **settings)
+    tx = om.scale_by_moma(2, **rule | {"min_dim_size_to_factor": 8})
     start = tx.init(grads[0])
     together, state = run(tx, grads)
     assert state.U.shape == (3, 8, 2) and state.R.shape == (3, 8)
@@ -321,10 +276,9 @@ def test_a_stack_is_its_layers(error_dtype, rule):
         assert_close(state.saliency_row[i], layer.saliency_row)
 
 
-@pytest.mark.parametrize("error_dtype", [None, jnp.float32])
-def test_every_matrix_of_a_stack_is_clipped_by_its_own_rms(error_dtype):
+def test_every_matrix_of_a_stack_is_clipped_by_its_own_rms():
     (g,) = draws(3, 8, 11, steps=1)
-    settings = CLIPPED | {"error_dtype": error_dtype, "min_dim_size_to_factor": 8}
+    settings = CLIPPED | {"min_dim_size_to_factor": 8}
     (free,), _ = run(om.scale_by_moma(2, clip_rms=np.inf, **settings), [g])
     (clipped,), _ = run(om.scale_by_moma(2, clip_rms=0.1, **settings), [g])
     assert len({round(rms(layer), 3) for layer in free}) == 3  # else one factor would do
@@ -362,7 +316,7 @@ def test_small_matrices_get_the_moments_of_adam():
 # Zero gradients
 
 
-@pytest.mark.parametrize("settings", [{}, {"error_dtype": jnp.float32}, {"eps": 0.0}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"eps": 0.0}], ids=str)
 def test_leaves_without_gradients_stay_and_can_learn_later(settings):
     grads = {"w": draws(6, 8)[0], "stack": draws(2, 6, 8)[0], "b": draws(5)[0]}
     zero = jax.tree.map(np.zeros_like, grads)
@@ -492,11 +446,10 @@ def test_complex_leaves_keep_their_phase_under_a_narrow_mu_dtype():
     np.testing.assert_allclose(second, first, rtol=1e-4)
 
 
-@pytest.mark.parametrize("error_dtype", [None, jnp.int8])
-def test_no_buffer_appears_twice(error_dtype):
+def test_no_buffer_appears_twice():
     """Donation forbids it."""
     params = {"w": jnp.ones((8, 11)), "b": jnp.ones(4)}
-    state = om.moma(1e-3, 2, error_dtype=error_dtype, **SMALL).init(params)
+    state = om.moma(1e-3, 2, **SMALL).init(params)
     leaves = [x for x in jax.tree.leaves(state) if x.size]
     assert len({x.unsafe_buffer_pointer() for x in leaves}) == len(leaves)
 
@@ -528,7 +481,6 @@ BAD = [
     ({"b2": float("nan")}, ValueError, "b2"),
     ({"b2": "0.999"}, TypeError, "b2"),
     ({"eps": -1e-8}, ValueError, "eps"),
-    ({"residual": -1}, ValueError, "residual"),
     ({"clip_spectral": -1.0, "orthogonal_block_size": None}, ValueError, "clip_spectral"),
     ({"clip_spectral": 1.0}, ValueError, "clip_spectral"),
     ({"clip_rms": -1.0}, ValueError, "clip_rms"),
@@ -536,8 +488,8 @@ BAD = [
     ({"b2": jnp.float16(0.999)}, TypeError, "b2"),
     ({"b2": np.float16(0.999)}, TypeError, "b2"),
     ({"eps": jnp.float16(1e-8)}, TypeError, "eps"),
-    ({"error_dtype": jnp.int16}, ValueError, "error_dtype"),
-    ({"error_dtype": "no type"}, (TypeError, ValueError), "error_dtype"),
+    ({"mu_dtype": jnp.int16}, ValueError, "mu_dtype"),
+    ({"mu_dtype": "no type"}, ValueError, "mu_dtype"),
 ]
 
 

@@ -85,12 +85,11 @@ TREE = {"kernel": jnp.ones((12, 8)), "stack": jnp.ones((3, 8, 16)), "bias": jnp.
     "tx",
     [
         om.moma(optax.constant_schedule(1e-3), 2, min_dim_size_to_factor=8, mu_dtype=jnp.bfloat16),
-        om.moma(1e-3, 2, min_dim_size_to_factor=8, error_dtype=jnp.int8),
         optax.chain(optax.clip_by_global_norm(1.0), om.umtam(1e-3, 2)),
         optax.adafactor(1e-3, min_dim_size_to_factor=8),
         optax.sgd(1e-3),
     ],
-    ids=["moma", "int8", "umtam", "adafactor", "sgd"],
+    ids=["moma", "umtam", "adafactor", "sgd"],
 )
 def test_bytes_are_those_of_the_arrays(tx):
     size = om.state_size(tx, TREE)
@@ -118,12 +117,6 @@ def test_bytes_by_field():
     }
 
 
-def test_bytes_by_field_count_a_quantized_error_as_error():
-    tx = om.moma(1e-3, 2, min_dim_size_to_factor=8, error_dtype=jnp.int8)
-    fields = om.state_size(tx, {"kernel": TREE["kernel"]}).by_field
-    assert fields["error"] == 12 * 8 + 4 * 12  # one scale a row
-
-
 class Model(NamedTuple):
     kernel: Any
     bias: Any
@@ -143,7 +136,6 @@ class Gaussian(NamedTuple):
     count: Any
 
 
-@pytest.mark.parametrize("error_dtype", [None, jnp.int8])
 @pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: optax.MultiSteps(tx, 2)])
 @pytest.mark.parametrize(
     "params",
@@ -155,10 +147,10 @@ class Gaussian(NamedTuple):
     ],
     ids=["list", "tuple", "NamedTuple", "bare"],
 )
-def test_bytes_by_field_whatever_the_parameters_are_called(params, wrap, error_dtype):
+def test_bytes_by_field_whatever_the_parameters_are_called(params, wrap):
     """A chain's state is a tuple: its first link is not the first parameter."""
     plain = dict(enumerate(jax.tree.leaves(params)))
-    tx = wrap(om.moma(1e-3, 2, min_dim_size_to_factor=8, error_dtype=error_dtype))
+    tx = wrap(om.moma(1e-3, 2, min_dim_size_to_factor=8))
     found, expected = (om.state_size(tx, tree) for tree in (params, {"tree": plain}))
     assert found.by_field == expected.by_field
     assert list(found.matrices.values()) == list(expected.matrices.values())
@@ -208,7 +200,6 @@ MOMA = om.ScaleByMomaState(
     C={"kernel": P("tensor"), "stack": P(None, "fsdp"), "heads": P("tensor")},
     saliency_row={"kernel": P("fsdp"), "stack": P(None, "tensor"), "heads": P("fsdp")},
     saliency_col={"kernel": P("tensor"), "stack": P(None, "fsdp"), "heads": P("tensor")},
-    error={},
     mu={"bias": P("tensor"), "scale": P()},
     nu={"bias": P("tensor"), "scale": P()},
     saliency={"bias": P("tensor"), "scale": P()},
@@ -328,15 +319,12 @@ def test_a_state_spreads_only_where_its_sizes_divide():
 def test_what_lies_as_its_parameter_does_not_spread():
     """A dense moment would travel whole: only thin arrays may be gathered every step."""
     params, specs = {"w": array(16, 16)}, {"w": P(None, "fsdp")}
-    adamw, moma_state = (
+    adamw, umtam = (
         om.state_partition_specs(tx, params, specs, spread_over=MESH_4X2)[0]
-        for tx in (
-            optax.adamw(1e-3),
-            om.moma(1e-3, 2, min_dim_size_to_factor=8, error_dtype=jnp.int8),
-        )
+        for tx in (optax.adamw(1e-3), om.umtam(1e-3, 2))
     )
-    for spec in (adamw.mu["w"], adamw.nu["w"], moma_state.error["w"].values):
-        assert_specs(spec, specs["w"])
+    for field in (adamw.mu, adamw.nu, umtam.error, umtam.base):
+        assert_specs(field["w"], specs["w"])
 
 
 @pytest.mark.parametrize("box", [list, Gaussian._make], ids=["list", "NamedTuple"])
@@ -346,16 +334,6 @@ def test_a_state_spreads_by_the_paths_of_its_parameters(box):
     state, *_ = om.state_partition_specs(moma(), params, specs, spread_over=MESH_4X2)
     assert_specs((state.U[0], state.C[0]), (SPREAD_ROWS["kernel"], SPREAD_COLS["kernel"]))
     assert_specs((state.mu[1], state.count, state.mu_weight), (SPECS["bias"], P(), P()))
-
-
-def test_the_scales_of_an_int8_error_are_whole_along_its_rows():
-    """6 blocks do not lie over 4 devices, nor does a block end where a device does."""
-    params, specs = {"w": array(512, 768)}, {"w": P("tensor", "fsdp")}
-    tx = om.moma(1e-3, 2, error_dtype=jnp.int8)
-    error = om.state_partition_specs(tx, params, specs)[0].error["w"]
-    assert_specs((error.values, error.scale), (P("tensor", "fsdp"), P("tensor")))
-    error = om.state_partition_specs(tx, params, specs, spread_over=MESH_4X2)[0].error["w"]
-    assert_specs((error.values, error.scale), (P("tensor", "fsdp"), P(("tensor", "fsdp"))))
 
 
 def test_a_leaf_that_is_none_has_no_specs():

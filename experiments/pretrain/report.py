@@ -136,16 +136,14 @@ def tuned(rows: Iterable[Row]) -> dict[Size, dict[str, Tuned]]:
     for size, by_optimizer in sorted(groups.items()):
         found[size] = {}
         for optimizer, own in by_optimizer.items():
+            share = int(own[0]["state_bytes"]) / int(own[0]["adamw_bytes"])
             runs = {(float(r["lr"]), int(r["seed"])): float(r["validation"]) for r in own}
-            curve = {rate: loss for (rate, seed), loss in runs.items() if seed == 0}
-            if not curve:
-                continue
-            found[size][optimizer] = Tuned(
-                int(own[0]["state_bytes"]) / int(own[0]["adamw_bytes"]),
-                best_rate(curve),
-                runs,
-                sensitivity(curve, int(own[0]["vocabulary"])),
-            )
+            t = Tuned(share, math.nan, runs, None)
+            if t.curve:
+                found[size][optimizer] = t._replace(
+                    rate=best_rate(t.curve),
+                    sensitivity=sensitivity(t.curve, int(own[0]["vocabulary"])),
+                )
     return found
 
 
@@ -177,23 +175,23 @@ def whole(optimizer: str) -> str:
 
 def part_lines(group: dict[str, Tuned]) -> list[tuple[str, ...]]:
     """The rows of what ran at one rate: its loss, the whole optimizer's with that rate and these
-    seeds, and the difference, seed by seed.
+    seeds, if it has them all, and the difference, seed by seed.
     """
     found = []
     for name, t in sorted(group.items(), key=lambda item: item[1].mean):
         if len(t.curve) > 1:
             continue
-        unchanged = group[whole(name)].runs if whole(name) in group else {}
-        pairs = [(loss, unchanged[run]) for run, loss in t.runs.items() if run in unchanged]
-        sign = "+" if sum(x - y for x, y in pairs) >= 0 else ""
+        runs = group[whole(name)].runs if whole(name) in group else {}
+        unchanged = [runs[run] for run in t.runs] if t.runs.keys() <= runs.keys() else []
+        differences = [x - y for x, y in zip(t.runs.values(), unchanged, strict=False)]
         found.append((
             name,
             f"{100 * t.share:.1f}",
             f"{t.rate:g}",
             str(len(t.losses)),
             pages.number(t.losses, 4, 1.0),
-            pages.number([y for _, y in pairs], 4, 1.0),
-            f"{sign}{pages.number([x - y for x, y in pairs], 4, 1.0)}" if pairs else "",
+            pages.number(unchanged, 4, 1.0),
+            pages.number(differences, 4, 1.0, sign="+"),
         ))  # fmt: skip
     return found
 

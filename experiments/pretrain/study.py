@@ -37,7 +37,7 @@ import optax
 
 import optax_moma as om
 
-from . import optimizers
+from . import optimizers, variants
 from .train import Config
 
 HERE = Path(__file__).parent
@@ -82,7 +82,7 @@ DOUBTFUL = (
     *(VARIANTS[name] for name in (
         "error_dtype=float32", "power_iterations=2", "refresh=16", "residual=0.5",
     )),
-    *PARTS[1::-1],
+    f"{MOMA},mu_dtype=bfloat16", f"{MOMA},b1=0.0",
 )  # fmt: skip
 """Parts whose worth one seed at width 128 leaves open."""
 RANKS = tuple(f"moma:rank={r}" for r in (32, 64, 128))
@@ -246,10 +246,14 @@ def code(optimizer: str) -> str:
 
     Results outlive changes of the code; this tells which of them came from the present one.
     """
-    if not optimizers.parse(optimizer)[0].startswith(("moma", "umtam")):
+    name, _ = optimizers.parse(optimizer)
+    if not name.startswith(("moma", "umtam")):
         return f"optax {optax.__version__}"
+    files = sorted(Path(om.__file__).parent.glob("_*.py"))
+    if name == "moma_variant":
+        files.append(Path(variants.__file__))
     digest = hashlib.blake2b(digest_size=4)
-    for file in sorted(Path(om.__file__).parent.glob("_*.py")):
+    for file in files:
         tree = ast.parse(file.read_text())
         for node in ast.walk(tree):
             if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):

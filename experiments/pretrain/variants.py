@@ -35,7 +35,7 @@ class Matrix(NamedTuple):
 
 
 class Rounded(NamedTuple):
-    """``values * scale``: int8, with a scale for every 128 entries."""
+    """``values * scale``: int8, with a scale for every row."""
 
     values: jax.Array
     scale: jax.Array
@@ -68,17 +68,20 @@ def scale_by_variant(
       b1: Decay of the momentum.
       b2: Decay of the second moments.
       residual: Multiplies what an update has outside the subspace.
-      nesterov: Whether the momentum counts ``b1``, the gradient ``1 - b1``, inside the subspace.
+      nesterov: Whether the momentum counts ``b1``, the gradient ``1 - b1``, inside the subspace;
+        not with an error, which brings the momentum outside of it.
       precondition: The gradient before it enters the momentum, or momentum and residual after.
       refresh: The subspace is renewed at every so many steps, and kept in between: the momentum is
         then the projection of all gradients on it.
       power_iterations: How often a new subspace is brought nearer to that of the momentum.
-      error_dtype: float32, bfloat16 or int8 (of leaves of a multiple of 128 entries), to keep what
-        the truncation takes from the momentum and add it to the next. The whole momentum then
-        makes the step: dense momentum, stored in two parts.
+      error_dtype: float32, bfloat16 or int8, to keep what the truncation takes from the momentum
+        and add it to the next. The whole momentum then makes the step: dense momentum, stored in
+        two parts.
       learning_rate: Not used; `moma` takes it.
     """
     del learning_rate
+    if nesterov and error_dtype is not None:
+        raise ValueError("nesterov and error_dtype are not made to go together.")
 
     def init(params: Any) -> State:
         def one(leaf: Any) -> Matrix:
@@ -102,7 +105,7 @@ def scale_by_variant(
             p, q = moments.inverse_root(R, C, w2, 1e-8)
             P = p[:, None] * q
             target = P * G if precondition == "before" else G
-            whole = b1 * ((U * s) @ V.T + _restored(error, G)) + (1 - b1) * target
+            whole = b1 * ((U * s) @ V.T + _restored(error, G.dtype)) + (1 - b1) * target
             X = V
             for _ in range(power_iterations):
                 Q = jnp.where(state.count % refresh == 0, orthonormalize(whole @ X), U)
@@ -143,12 +146,11 @@ def scale_by_variant(
 def _stored(x: jax.Array, dtype: str | None) -> Any:
     if dtype != "int8":
         return None if dtype is None else x.astype(dtype)
-    rows = x.reshape(-1, 128)
-    scale = jnp.max(jnp.abs(rows), axis=1, keepdims=True) / 127
-    return Rounded(jnp.round(rows / jnp.where(scale > 0, scale, 1)).astype(jnp.int8), scale)
+    scale = jnp.max(jnp.abs(x), axis=1, keepdims=True) / 127
+    return Rounded(jnp.round(x / jnp.where(scale > 0, scale, 1)).astype(jnp.int8), scale)
 
 
-def _restored(error: Any, like: jax.Array) -> Any:
+def _restored(error: Any, dtype: Any) -> Any:
     if isinstance(error, Rounded):
-        return (error.values * error.scale).reshape(like.shape)
-    return 0 if error is None else error.astype(like.dtype)
+        return error.values * error.scale
+    return 0 if error is None else error.astype(dtype)

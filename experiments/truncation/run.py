@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from optax_moma import _moments as moments
-from optax_moma._lowrank import Factors, follow
+from optax_moma._lowrank import Factors, orthonormalize
 from optax_moma._tree import named_leaves
 from optax_moma.demo import recorded_gradients
 
@@ -49,10 +49,13 @@ def losses(stream: list[jax.Array], rank: int, iterations: int) -> list[tuple[fl
 
     @jax.jit
     def step(factors: Factors, G: jax.Array) -> tuple[Factors, jax.Array, jax.Array]:
-        A = (1 - B1) * G
-        target = B1 * (factors.U * factors.s) @ factors.V.T + A
-        new, _ = follow(factors, B1, lambda X: A @ X, lambda X: X.T @ A, iterations)
-        kept = (new.U * new.s) @ new.V.T
+        target = B1 * (factors.U * factors.s) @ factors.V.T + (1 - B1) * G
+        X = factors.V
+        for _ in range(iterations):
+            Q = orthonormalize(target @ X)
+            X = target.T @ Q
+        s, kept = jnp.linalg.norm(X, axis=0), Q @ X.T
+        new = Factors(Q, s, X / s)
         spectrum = jnp.linalg.svd(target, compute_uv=False)
         best = jnp.sum(jnp.square(spectrum[rank:]))
         return new, jnp.sum(jnp.square(target - kept)), best

@@ -42,7 +42,6 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     ),
     "moma r=128": lambda: om.moma(1e-3, rank=128, weight_decay=1e-4),
     "moma r=32 bfloat16": lambda: om.moma(1e-3, mu_dtype="bfloat16"),
-    "moma r=32 + int8 error": lambda: om.moma(1e-3, error_dtype="int8"),
     "umtam r=32": lambda: om.umtam(1e-3, rank=32),
 }
 TIMED = ("adamw", "adafactor", "moma r=8", "moma r=32", "moma r=32, clipped", "moma r=128")

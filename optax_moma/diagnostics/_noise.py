@@ -30,7 +30,6 @@ from .._checks import Scalar, check_decay, check_finite, check_not_negative
 from .._curvature import sources
 from .._matrix import contract, divisor, paper_layout
 from .._moments import ema
-from .._quantize import Blocks, dequantize
 from .._tree import wide
 
 
@@ -74,11 +73,10 @@ def noise_scale(
     its momentum is that of the *preconditioned* gradient, and of rank r: it is divided by today's
     preconditioner, and the part of the mean outside its subspace counts as noise, while of kappa S
     little is inside, so that no kappa is taken off. There ``variance`` is a little too small when
-    noise fills the subspace, and too large by what truncation lost of the mean; with
-    ``error_dtype`` nothing is lost, at the cost of a dense pass. Also, the window of v, 1 / (1 -
-    b2) steps, is longer than that of m: while gradients shrink, S is too large and lags behind;
-    :func:`log_noise_scale`, which sees every step, uses one window for both. Gradients that were
-    clipped before they reached the optimizer have the noise of clipped gradients.
+    noise fills the subspace, and too large by what truncation lost of the mean. Also, the window of
+    v, 1 / (1 - b2) steps, is longer than that of m: while gradients shrink, S is too large and lags
+    behind; :func:`log_noise_scale`, which sees every step, uses one window for both. Gradients that
+    were clipped before they reached the optimizer have the noise of clipped gradients.
 
     Args:
       opt_state: The state of ``moma``, ``umtam`` (with gamma = b1), Adam or AdamW, anywhere inside
@@ -366,11 +364,10 @@ def _leaves(opt_state: Any, b1: Scalar, b2: Scalar) -> dict[str, _Leaf]:
             if kind == "umtam":
                 sums, inside = _umtam_sums(part, w1, w2), kappa
             else:
-                error = _error(tables.get("error", {}), name)
-                sums = _moma_sums(part, error, w1, w2)
+                sums = _moma_sums(part, w1, w2)
                 rank, m, n = (part[field].shape[-1] for field in ("s", "R", "C"))
                 # Of the average's own noise next to nothing lies in a few directions.
-                inside = jnp.where(error is None and rank < min(m, n), 0.0, kappa)
+                inside = jnp.zeros(()) if rank < min(m, n) else kappa
             found[name] = _Leaf(*sums, inside, steps, w1)
     return {name: found[name] for name in sorted(found)}
 
@@ -395,23 +392,16 @@ def _sums(second: jax.Array, m_square: jax.Array, v: jax.Array, w2: jax.Array) -
     return second, second / w2, jnp.sum(m_square), jnp.sum(known, dtype=jnp.float32), share
 
 
-def _moma_sums(
-    part: Mapping[str, Any], error: jax.Array | None, w1: jax.Array, w2: jax.Array
-) -> _Sums:
+def _moma_sums(part: Mapping[str, Any], w1: jax.Array, w2: jax.Array) -> _Sums:
     """With M = U s V^T the momentum of P * g, P^-2 = v = row col: ||m||^2 = sum v_ij M_ij^2."""
     U, s, V, R, C = (wide(part[field]) for field in ("U", "s", "V", "R", "C"))
     row, col = R / divisor(jnp.sum(R, axis=-1, keepdims=True)), C / w2
     s = s / divisor(w1)
     live = [jnp.sum(x > 0, axis=-1, dtype=jnp.float32) for x in (R, C)]
-    if error is None:
-        left = contract("mr,ms->rs", U * row[..., None], U)
-        right = contract("nr,ns->rs", V * col[..., None], V)
-        mean = jnp.sum(left * right * s[..., :, None] * s[..., None, :])
-        share = jnp.sum(jnp.square(s))
-    else:
-        M = contract("mr,nr->mn", U * s[..., None, :], V) + error / divisor(w1)
-        mean = jnp.sum(row[..., None] * col[..., None, :] * jnp.square(M))
-        share = jnp.sum(jnp.square(M))
+    left = contract("mr,ms->rs", U * row[..., None], U)
+    right = contract("nr,ns->rs", V * col[..., None], V)
+    mean = jnp.sum(left * right * s[..., :, None] * s[..., None, :])
+    share = jnp.sum(jnp.square(s))
     second = jnp.sum(C)
     return second, second / w2, mean, jnp.sum(live[0] * live[1]), share
 
@@ -424,13 +414,3 @@ def _umtam_sums(part: Mapping[str, Any], w1: jax.Array, w2: jax.Array) -> _Sums:
     M = (contract("mr,nr->mn", U * s, V) + layout.to_matrix(error)) / divisor(w1)
     v = R[:, None] * C / divisor(jnp.sum(R)) / w2
     return _sums(jnp.sum(C), jnp.square(M), v, w2)
-
-
-def _error(table: Mapping[str, Any], name: str) -> jax.Array | None:
-    """The momentum outside moma's subspace, where ``error_dtype`` keeps it."""
-    if name in table:
-        return wide(table[name])
-    values, scale = (table.get(f"{name}/{field}".lstrip("/")) for field in Blocks._fields)
-    if values is None or scale is None:
-        return None
-    return dequantize(Blocks(jnp.asarray(values), jnp.asarray(scale)), jnp.float32)

@@ -17,18 +17,11 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
     "moma": lambda rank=4, clipped=True: om.moma(
         1e-2, rank=rank, min_dim_size_to_factor=8, **({} if clipped else FREE)
     ),
-    "moma, int8 error": lambda rank=4, clipped=True: om.moma(
-        1e-2,
-        rank=rank,
-        min_dim_size_to_factor=8,
-        error_dtype=jnp.int8,
-        **({} if clipped else FREE),
-    ),
     "umtam": lambda rank=4, clipped=True: om.umtam(1e-2, rank=rank),
 }
 
 
-@pytest.fixture(params=["moma", "umtam"], scope="session")
+@pytest.fixture(params=OPTIMIZERS, scope="session")
 def make(request: pytest.FixtureRequest) -> Callable[..., optax.GradientTransformationExtraArgs]:
     return OPTIMIZERS[request.param]
 

@@ -133,7 +133,6 @@ def assert_equal_bits(actual, desired):
         assert np.asarray(a).tobytes() == np.asarray(d).tobytes()
 
 
-@pytest.mark.parametrize("make", ["moma", "moma, int8 error", "umtam"], indirect=True)
 def test_round_trip_and_on_with_training(trained, version, tmp_path):
     save, load = version
     save(tmp_path / "checkpoint", trained.tree)

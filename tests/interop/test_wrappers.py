@@ -24,13 +24,6 @@ def assert_equal(actual, desired):
         np.testing.assert_array_equal(a, d)
 
 
-# Where blocks of int8 could fare otherwise than arrays do.
-with_int8_errors = pytest.mark.parametrize(
-    "make", ["moma", "moma, int8 error", "umtam"], indirect=True
-)
-
-
-@with_int8_errors
 def test_masked_updates_only_the_marked_leaves(make, params, grads, run, bare):
     mask = {name: name != "bias" for name in params}
     moved, _ = run(optax.masked(make(), mask), params, grads)
@@ -160,7 +153,6 @@ def test_scan_is_the_loop(make, params, grads, bare):
     assert_close(scanned, bare[0])
 
 
-@with_int8_errors
 def test_vmap_is_the_loop_over_models(make, params, grads, run):
     tx = make()
     models = [params, jax.tree.map(lambda p: -2 * p, params), jax.tree.map(jnp.square, params)]
@@ -196,7 +188,6 @@ def test_cond_carries_the_state(make, params, grads):
     assert_close(updates, jax.jit(tx.update)(grads[0], state, params)[0])
 
 
-@with_int8_errors
 def test_donated_buffers_are_reused(make, params, grads, bare):
     tx = make()
 
@@ -262,7 +253,6 @@ def test_a_leaf_without_a_gradient_stays(make, params, grads):
         assert jax.tree.structure(new_state) == jax.tree.structure(state)
 
 
-@with_int8_errors
 def test_init_needs_shapes_only(make, params):
     tx = make()
     params = params | {"stack": jnp.ones((3, 8, 16), jnp.bfloat16)}
@@ -273,7 +263,6 @@ def test_init_needs_shapes_only(make, params):
     assert from_shapes == jax.tree.map(type_of, jax.eval_shape(tx.init, shapes))
 
 
-@with_int8_errors
 def test_state_can_be_saved_and_carried(make, params, bare):
     """No zero-size array (Orbax refuses them), no Python number, no weak type, no drift."""
     state, later = make().init(params), bare[1]

@@ -172,6 +172,7 @@ def test_code_changes_with_code_and_not_with_comments(tmp_path, monkeypatch):
         file.write_text(text)
         digests.append(study.code("moma:rank=8"))
     assert digests[0] == digests[1] != digests[2]
+    assert study.code("moma_variant:rank=8") != digests[2]  # which has code of its own
     assert study.code("muon").startswith("optax ")
 
 
@@ -220,11 +221,11 @@ def test_a_part_stands_beside_the_whole():
         "moma:rank=8": ran(4e-3, {(4e-3, 0): 4.25, (8e-3, 0): 4.5, (4e-3, 1): 4.0, (4e-3, 2): 9.0}),
         "moma_variant:rank=8,residual=0.0": ran(4e-3, {(4e-3, 0): 4.75, (4e-3, 1): 5.0}),
         "moma:rank=8,b1=0.0": ran(8e-3, {(8e-3, 0): 4.25}),
-        "moma_variant:rank=8,refresh=4": ran(2e-3, {(2e-3, 0): 4.0}),
+        "moma_variant:rank=8,refresh=4": ran(4e-3, {(4e-3, 0): 4.0, (4e-3, 3): 4.0}),
         "adamw": ran(4e-3, {(4e-3, 0): 5.0}),
     }
     assert report.part_lines(group) == [
-        ("moma_variant:rank=8,refresh=4", "10.0", "0.002", "1", "4.0000", "", ""),
+        ("moma_variant:rank=8,refresh=4", "10.0", "0.004", "2", "4.0000 ± 0.0000", "", ""),
         ("moma:rank=8,b1=0.0", "10.0", "0.008", "1", "4.2500", "4.5000", "-0.2500"),
         ("moma_variant:rank=8,residual=0.0", "10.0", "0.004", "2", "4.8750 ± 0.1250",
          "4.1250 ± 0.1250", "+0.7500 ± 0.2500"),
