@@ -36,6 +36,16 @@ KEY = ("what", "case", "optimizer", "machine")
 SHAPES = {(768, 768): 12, (768, 2304): 12, (768, 3072): 12, (3072, 768): 12, (1024, 768): 1}
 SHAPES |= {(50257, 768): 1}
 """How often each matrix occurs in GPT-2."""
+MEASURED = ("moma r=32", "moma r=32, clipped")
+STEPS = {
+    "adamw": "adamw",
+    "moma r=32": "moma:rank=32",
+    "moma r=32, blocks of 64": "moma:rank=32,orthogonal_block_size=64",
+    "moma r=32, clipped": "moma_clipped:rank=32",
+}
+"""The optimizers of a training step, as ``pretrain.optimizers`` takes them; the first is the
+reference.
+"""
 
 
 class Row(NamedTuple):
@@ -69,7 +79,7 @@ def memory() -> Iterator[Row]:
     }
     for case, (make, donated) in cases.items():
         reference = None
-        for name in ("adamw", "moma r=32", "moma r=32, clipped"):
+        for name in ("adamw", *MEASURED):
             tx = OPTIMIZERS[name]()
             state = jax.eval_shape(tx.init, params)
             lowered = jax.jit(make(tx), donate_argnums=donated).lower(params, state, params)
@@ -98,7 +108,7 @@ def published(repetitions: int) -> Iterator[Row]:
 
     The two take turns, after one update each to warm up.
     """
-    totals = dict.fromkeys(("moma r=32", "moma r=32, clipped", "umtam r=32"), 0.0)
+    totals = dict.fromkeys((*MEASURED, "umtam r=32"), 0.0)
     for shape, count in SHAPES.items():
         keys = jax.random.split(jax.random.key(0))
         params, grads = ({"kernel": jax.random.normal(key, shape)} for key in keys)
@@ -128,9 +138,6 @@ def step(rows: int, length: int, dtype: str, rounds: int) -> Iterator[Row]:
     config = model.gpt2(length=length, dtype=dtype, scan=True)
     tokens = jax.random.randint(jax.random.key(1), (rows, length + 1), 0, config.vocabulary)
     mesh = make_mesh("1,1,-1")
-    names = {"adamw": "adamw", "moma r=32": "moma:rank=32"}
-    names |= {"moma r=32, blocks of 64": "moma:rank=32,orthogonal_block_size=64"}
-    names |= {"moma r=32, clipped": "moma_clipped:rank=32"}
     cold = -(-rounds // 10)
 
     def compiled(spec: str) -> tuple[Callable, Any]:
@@ -141,11 +148,11 @@ def step(rows: int, length: int, dtype: str, rounds: int) -> Iterator[Row]:
 
     with ThreadPoolExecutor() as pool:
         steps, states = {}, {}
-        for name, (own, state) in zip(names, pool.map(compiled, names.values()), strict=True):
+        for name, (own, state) in zip(STEPS, pool.map(compiled, STEPS.values()), strict=True):
             steps[name], states[name] = own, state
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[float]] = {name: [] for name in STEPS}
     for i in range(cold + rounds):
-        for name in names:
+        for name in STEPS:
             started = time.perf_counter()
             states[name], loss, _ = jax.block_until_ready(steps[name](states[name], tokens))
             taken = time.perf_counter() - started

@@ -28,12 +28,11 @@ def make(request: pytest.FixtureRequest) -> Callable[..., optax.GradientTransfor
 
 @pytest.fixture(scope="session")
 def params() -> dict:
-    """A matrix, a stack of three, a vector, a scalar: little to compile."""
+    """A matrix, a vector, a scalar: little to compile."""
     rng = np.random.default_rng(0)
     return {
         "kernel": jnp.asarray(rng.normal(size=(12, 8)), jnp.float32),
         "bias": jnp.asarray(rng.normal(size=(8,)), jnp.float32),
-        "stack": jnp.asarray(rng.normal(size=(3, 8, 8)), jnp.float32),
         "temperature": jnp.float32(0.5),
     }
 

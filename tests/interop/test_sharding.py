@@ -144,18 +144,23 @@ def assert_same_params(params, alone):
         np.testing.assert_allclose(q, p, rtol=0, atol=1e-5 * np.abs(p).max())
 
 
-def test_five_steps_equal_one_device_and_everything_stays(problem, alone, param_specs, mesh):
+def test_five_steps_equal_one_device_and_only_thin_arrays_travel(problem, alone, param_specs, mesh):
+    """Everything stays where it is. The update communicates thin factors and sums over them, never
+    (a part of) a gradient; the gradient of this loss communicates nothing.
+    """
     tx = optimizer()
     placed, state = on_mesh(problem, param_specs, mesh)
     params = placed.params
     with jax.set_mesh(mesh):
         one_step = jax.jit(lambda params, state: step(tx, placed, params, state))
+        compiled = one_step.lower(params, state).compile()
         for _ in range(5):
-            params, state = one_step(params, state)
+            params, state = compiled(params, state)
 
     assert_same_params(params, alone)
     assert_lies_as(params, param_specs, mesh)
     assert_lies_as(state, om.state_partition_specs(tx, problem.params, param_specs), mesh)
+    assert_thin(collectives(compiled.as_text()))
 
 
 def test_specs_have_the_structure_of_the_state(problem):
@@ -197,6 +202,13 @@ def collectives(hlo: str) -> list[tuple[str, int]]:
     return found
 
 
+def assert_thin(found: list[tuple[str, int]]):
+    """A device holds LAYERS x WIDTH x HIDDEN / 8 = 2048 entries of a gradient."""
+    most = LAYERS * HIDDEN * RANK
+    assert found
+    assert max(size for _, size in found) <= most < LAYERS * WIDTH * HIDDEN // 8, found
+
+
 def test_the_reader_of_collectives_sees_a_gathered_matrix(mesh):
     rows = NamedSharding(mesh, P("fsdp", "tensor"))
     whole = NamedSharding(mesh, P())
@@ -207,18 +219,6 @@ def test_the_reader_of_collectives_sees_a_gathered_matrix(mesh):
     with jax.set_mesh(mesh):
         kinds = collectives(gather.lower(x).compile().as_text())
     assert max(size for _, size in kinds) == WIDTH * HIDDEN
-
-
-def test_no_matrix_travels(problem, param_specs, mesh):
-    """The update communicates thin factors and sums over them, never (a part of) a gradient."""
-    tx = optimizer()
-    placed, state = on_mesh(problem, param_specs, mesh)
-    with jax.set_mesh(mesh):
-        update = jax.jit(tx.update).lower(placed.params, state, placed.params)
-        found = collectives(update.compile().as_text())
-    thin, shard = LAYERS * HIDDEN * RANK, LAYERS * HIDDEN * WIDTH // 8
-    assert found
-    assert max(size for _, size in found) <= thin < shard, found
 
 
 def laid(tree, specs, mesh: Mesh):
@@ -239,19 +239,14 @@ def test_a_spread_state_takes_equal_steps_and_only_thin_arrays_travel(
     placed = Problem(*(place(tree, param_specs, mesh) for tree in problem))
     params, state = placed.params, place(tx.init(problem.params), at_rest, mesh)
 
-    def update(grads, state, params):
-        updates, state = tx.update(grads, laid(state, at_work, mesh), params)
-        return updates, laid(laid(state, at_work, mesh), at_rest, mesh)
-
     def one_step(params, state):
-        updates, state = update(jax.grad(placed.loss)(params), state, params)
-        return optax.apply_updates(params, updates), state
+        params, state = step(tx, placed, params, laid(state, at_work, mesh))
+        return params, laid(laid(state, at_work, mesh), at_rest, mesh)
 
     with jax.set_mesh(mesh):
-        found = collectives(jax.jit(update).lower(params, state, params).compile().as_text())
-        one_step = jax.jit(one_step)
+        compiled = jax.jit(one_step).lower(params, state).compile()
         for _ in range(5):
-            params, state = one_step(params, state)
+            params, state = compiled(params, state)
 
     assert_same_params(params, alone)
     assert_lies_as(state, at_rest, mesh)
@@ -261,9 +256,7 @@ def test_a_spread_state_takes_equal_steps_and_only_thin_arrays_travel(
         for field in ("U", "V", "R", "C"):
             x = getattr(state[0], field)[room][name]
             assert x.addressable_shards[0].data.size * devices == x.size
-    # A device holds LAYERS x WIDTH x HIDDEN / 8 = 2048 entries of a gradient.
-    most = LAYERS * HIDDEN * RANK
-    assert max(size for _, size in found) <= most < LAYERS * WIDTH * HIDDEN // 8
+    assert_thin(collectives(compiled.as_text()))
 
 
 @pytest.mark.skipif(
