@@ -29,6 +29,7 @@ def test_update_cost(tmp_path, monkeypatch):
     module = script("update_cost")
     small = {name: module.MODELS[name] for name in ("768 x 768", "GPT-2")}
     monkeypatch.setattr(module, "MODELS", small)
+    monkeypatch.setattr(module, "TIMED", ("adamw", "moma r=32"))
     out = tmp_path / "results.csv"
     arguments = ["--rounds", "1", "--shape", "128", "256", "--size", "256", "--output", str(out)]
     module.app(arguments, standalone_mode=False)

@@ -199,7 +199,7 @@ class TestStacks:
         for name in ("a", "b"):
             params = {"w": base["w"] + 0.1 * rng.normal(size=(3, 16, 24))}
             grads = {"w": jnp.asarray(rng.normal(size=(3, 16, 24)), jnp.float32)}
-            _, state = tx.update(grads, tx.init(params), params)
+            _, state = jax.jit(tx.update)(grads, tx.init(params), params)
             ocp.save(tmp_path / name, {"params": params, "opt_state": state})
             experts[name], curvature[name] = params, om.curvature_from(state, params)
         recipe = {

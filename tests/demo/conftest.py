@@ -4,12 +4,30 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from optax_moma.demo import training
 from optax_moma.demo.encoder import Config, Encoder
 from optax_moma.demo.tasks import Examples, Task
 from optax_moma.demo.training import Problem, Settings
 
 # Wide enough that the optimizer treats the matrices as such.
 CONFIG = Config(vocabulary=150, width=128, layers=1, heads=4, ffn=128, positions=6)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once():
+    """The training step of a problem, which all runs of the session share, whatever their seed."""
+    made, make_step = {}, training.make_step
+
+    def shared(problem, settings):
+        steps = training.steps(problem, settings)
+        key = id(problem.encoder), steps, settings._replace(seed=0)
+        if key not in made:
+            made[key] = problem, make_step(problem, settings)  # the problem keeps its identity
+        return made[key][1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "make_step", shared)
+        yield
 
 
 @pytest.fixture(scope="session")

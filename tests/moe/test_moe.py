@@ -158,9 +158,9 @@ def test_metric_from_curvature_ignores_scale_and_dead_rows():
 def test_metric_from_curvature_of_a_trained_layer():
     """From moma's state of three experts into a layer."""
     tx, kernel = om.moma(1e-3, 2, min_dim_size_to_factor=4), draw(M, N)
-    found = []
+    found, update = [], jax.jit(tx.update)
     for seed in range(E):
-        _, state = tx.update(draw(M, N, seed=seed), tx.init(kernel), kernel)
+        _, state = update(draw(M, N, seed=seed), tx.init(kernel), kernel)
         found.append(om.curvature_from(state, kernel))
     weights = ExpertWeights(M, N, E, rank=2, rngs=rngs())
     weights.metric = metric_from_curvature(found, rank=2)

@@ -38,10 +38,15 @@ def test_all_settings_at_once_are_what_each_is_alone(name, problem):
     tx = PLAIN[name](settings[s], rate)
     params = problem.init(jax.random.key(p))
     state = tx.init(params)
+
+    @jax.jit
+    def step(params, state, batch):
+        updates, state = tx.update(jax.grad(problem.loss)(params, batch), state, params)
+        return optax.apply_updates(params, updates), state
+
     for i in rows[p, b]:
         batch = jax.tree.map(lambda x, i=i: x[i], problem.train)
-        updates, state = tx.update(jax.grad(problem.loss)(params, batch), state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = step(params, state, batch)
     found = jax.tree.map(lambda x: x[s, p, b], ends)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), found, params)
     np.testing.assert_allclose(measured.rate[s, p, b], [rate(2), rate(5)], rtol=1e-5)
