@@ -117,6 +117,7 @@ class _Hyper(NamedTuple):
     b1: Scalar
     b2: Scalar
     eps: Scalar
+    residual: Scalar
     clip_rms: Scalar
     orthogonal_block_size: int | None
     clip_spectral: Scalar
@@ -131,6 +132,7 @@ def scale_by_moma(
     b2: Scalar = 0.999,
     *,
     eps: Scalar = 1e-8,
+    residual: Scalar = 1.0,
     clip_rms: Scalar = 1.0,
     orthogonal_block_size: int | None = 128,
     clip_spectral: Scalar | None = None,
@@ -163,6 +165,8 @@ def scale_by_moma(
       eps: The preconditioner counts no row, column or entry as less than this share of the average
         one. Relative: a loss multiplied by a constant gives the same updates; an entry that once
         had a gradient ``eps**-0.5`` times the others' holds them back while it is remembered.
+      residual: Multiplies the part of the gradient outside the subspace, which is noisier than the
+        momentum inside; 0 leaves it out.
       clip_rms: Largest root mean square of a matrix's update, or of another leaf's, as in
         Adafactor; ``inf`` for none. An orthogonalized update of many directions has about 1, 0.6 to
         1.2, times ``clip_rms`` if that is less.
@@ -233,9 +237,9 @@ def scale_by_moma(
       An ``optax.GradientTransformationExtraArgs``. It needs no params.
 
     Raises:
-      ValueError: rank < 1, b1 or b2 outside [0, 1), a negative eps, clip_rms or clip_spectral, a
-        clip_spectral beside blocks, orthogonal_block_size < 1, dimension numbers that do not fit a
-        leaf, a mu_dtype or nu_dtype that is none of these.
+      ValueError: rank < 1, b1 or b2 outside [0, 1), a negative eps, residual, clip_rms or
+        clip_spectral, a clip_spectral beside blocks, orthogonal_block_size < 1, dimension numbers
+        that do not fit a leaf, a mu_dtype or nu_dtype that is none of these.
       TypeError: rank, min_dim_size_to_factor or orthogonal_block_size is not a Python integer. They
         fix shapes: under ``optax.inject_hyperparams`` name them in ``static_args``. Or b1, b2 or
         eps is an array of a type narrower than float32, in which 0.999 is 1 and nothing trains:
@@ -266,6 +270,7 @@ def scale_by_moma(
     check_decay("b2", b2)
     check_width("eps", eps)
     check_not_negative("eps", eps)
+    check_not_negative("residual", residual)
     check_not_negative("clip_rms", clip_rms)
     if orthogonal_block_size is not None:
         orthogonal_block_size = check_integer(
@@ -332,7 +337,7 @@ def scale_by_moma(
         plain = unboxed(updates)
         rate: Any = learning_rate(state.count) if callable(learning_rate) else learning_rate
         hyper = _Hyper(
-            b1, b2, eps, clip_rms, orthogonal_block_size, clip_spectral, rate,
+            b1, b2, eps, residual, clip_rms, orthogonal_block_size, clip_spectral, rate,
             mu_weight=moments.ema(state.mu_weight, jnp.ones((), jnp.float32), b1),
             nu_weight=moments.ema(state.nu_weight, jnp.ones((), jnp.float32), b2),
         )  # fmt: skip
@@ -379,23 +384,26 @@ def _matrix_step(
         lambda X: (1 - b1) * p * contract("mn,nr->mr", G, transposed(q) * X),
         lambda X: (1 - b1) * q * contract("mr,mn->rn", p * X, G),
     )
-    lengths, B = factors.s / hyper.mu_weight, inside / (1 - b1)
+    lengths, B = factors.s / hyper.mu_weight, hyper.residual * inside / (1 - b1)
+    high = hyper.residual * p
     m, n = layout.matrix_shape[-2:]
 
     if block_size is not None:
         K = transposed(factors.V) * lengths[..., None] - B
-        step = contract("mr,rn->mn", factors.U, K) + p * G * q
+        step = contract("mr,rn->mn", factors.U, K) + high * G * q
         size = jnp.minimum(1, hyper.clip_rms).astype(wide) * max(m, n) ** 0.5
         step = orthogonal_factor(step, block_size, size)
         rows, cols = moments.row_sums(G * step), moments.col_sums(unshared(G) * step)
     else:
         lengths = jnp.minimum(lengths, hyper.clip_spectral * max(m, n) ** 0.5)
-        total = _norm(unshared(p) * G * unshared(q))  # of G', and then of the step, not yet formed
+        K = transposed(factors.V) * lengths[..., None] - B
+        # The step is U K + high G q, and its norm is known before it is formed.
+        total = _norm(unshared(high) * G * unshared(q))
         outside = jnp.sqrt(jnp.maximum(total**2 - _norm(B) ** 2, 0))
         norm = jnp.hypot(jnp.linalg.norm(lengths, axis=-1)[..., None, None], outside)
         rms = jnp.sqrt(jnp.square(norm) / (m * n))
         clip = jnp.minimum(1, hyper.clip_rms / divisor(rms))
-        K, high = clip * (transposed(factors.V) * lengths[..., None] - B), clip * p
+        K, high = clip * K, clip * high
         step = contract("mr,rn->mn", factors.U, K) + high * G * q
         # The sums of G * step, from thin products: read for them, step would have to be stored.
         rows = jnp.sum(factors.U * contract("mn,rn->mr", G, K), axis=-1)
@@ -457,6 +465,7 @@ def moma(
     weight_decay: Scalar = 0.0,
     mask: Any = None,
     eps: Scalar = 1e-8,
+    residual: Scalar = 1.0,
     clip_rms: Scalar = 1.0,
     orthogonal_block_size: int | None = 128,
     clip_spectral: Scalar | None = None,
@@ -496,6 +505,7 @@ def moma(
       weight_decay: Decoupled decay, multiplied by the learning rate.
       mask: Where to decay: a tree of booleans, or a callable from parameters to one.
       eps: See :func:`scale_by_moma`, as for all arguments that follow.
+      residual: Multiplies the part of the gradient outside the subspace.
       clip_rms: Largest root mean square of a matrix's update, or of another leaf's.
       orthogonal_block_size: Rows (or columns) of the shorter side that are made orthogonal to each
         other in an update; None to clip instead.
@@ -544,6 +554,7 @@ def moma(
             b1,
             b2,
             eps=eps,
+            residual=residual,
             clip_rms=clip_rms,
             orthogonal_block_size=orthogonal_block_size,
             clip_spectral=clip_spectral,

@@ -63,9 +63,11 @@ def assert_close(actual, desired, rtol=2e-5, what=""):
 class Transcript:
     """The equations of the optimizer for one matrix, in float64; QR in place of Cholesky-QR."""
 
-    def __init__(self, V, n_rows, *, b1=0.9, b2=0.999, clip_spectral=1.0, clip_rms=1.0):
+    def __init__(
+        self, V, n_rows, *, b1=0.9, b2=0.999, residual=1.0, clip_spectral=1.0, clip_rms=1.0
+    ):
         self.V, self.M = np.asarray(V, np.float64), np.zeros((n_rows, len(V)))
-        self.b1, self.b2 = b1, b2
+        self.b1, self.b2, self.residual = b1, b2, residual
         self.clip_spectral, self.clip_rms = clip_spectral, clip_rms
         self.R, self.C, self.t = np.zeros(n_rows), np.zeros(len(V)), 0
 
@@ -84,7 +86,7 @@ class Transcript:
         moved = np.linalg.norm(Q.T @ inside, axis=1, keepdims=True)
         largest = self.clip_spectral * np.sqrt(max(inside.shape))
         inside = Q @ (Q.T @ inside * np.minimum(1, largest / moved))
-        delta = inside + (hat - Q @ Q.T @ hat)
+        delta = inside + self.residual * (hat - Q @ Q.T @ hat)
         return delta * min(1, self.clip_rms / rms(delta))
 
 
@@ -93,7 +95,7 @@ class Transcript:
     [
         ((9, 14), {}, False),
         ((9, 14), {}, True),
-        ((14, 9), {"clip_rms": np.inf}, False),
+        ((14, 9), {"residual": 0.3, "clip_rms": np.inf}, False),
         ((14, 9), {"b1": 0.8, "b2": 0.95, "clip_rms": 0.4}, True),
         ((9, 14), {"clip_spectral": np.inf}, False),
         ((9, 14), {"clip_spectral": 0.3, "clip_rms": np.inf}, False),
@@ -481,6 +483,7 @@ BAD = [
     ({"b2": float("nan")}, ValueError, "b2"),
     ({"b2": "0.999"}, TypeError, "b2"),
     ({"eps": -1e-8}, ValueError, "eps"),
+    ({"residual": -1}, ValueError, "residual"),
     ({"clip_spectral": -1.0, "orthogonal_block_size": None}, ValueError, "clip_spectral"),
     ({"clip_spectral": 1.0}, ValueError, "clip_spectral"),
     ({"clip_rms": -1.0}, ValueError, "clip_rms"),

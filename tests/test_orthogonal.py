@@ -146,11 +146,11 @@ def run(tx, gradients=GRADIENTS):
     return steps, state
 
 
-@pytest.mark.parametrize(("block_size", "count"), [(128, 1), (4, 2)])
-def test_updates_are_the_orthogonal_factors_of_those_without(block_size, count):
+@pytest.mark.parametrize(("block_size", "count", "residual"), [(128, 1, 1.0), (4, 2, 0.25)])
+def test_updates_are_the_orthogonal_factors_of_those_without(block_size, count, residual):
     """At an RMS of about one; what is remembered is the same."""
-    plain, plain_state = run(om.scale_by_moma(**FREE))
-    tx = om.scale_by_moma(**SETTINGS, orthogonal_block_size=block_size)
+    plain, plain_state = run(om.scale_by_moma(**FREE, residual=residual))
+    tx = om.scale_by_moma(**SETTINGS, residual=residual, orthogonal_block_size=block_size)
     steps, state = run(tx)
     for step, other in zip(steps, plain, strict=True):
         expected = 11**0.5 * by_blocks(np.asarray(other["w"]), count)
