@@ -53,8 +53,9 @@ NOTE = (
 )
 COLOURS = {
     "moma": "C0",
-    "moma_clipped": "C9",
-    "moma_clipped:b1=0.98": "#9edae5",
+    "moma:residual=0.5": "C9",
+    "moma_clipped": "#9edae5",
+    "moma_clipped:b1=0.98": "#c7e9f0",
     "adamw": "C3",
     "adamw:b1=0.5,b2=0.95": "C1",
     "adamw:b2=0.95": "C6",

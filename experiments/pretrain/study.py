@@ -60,6 +60,7 @@ FINALISTS = (
     MOMA, "moma:rank=8", LEAN, "adamw", "adafactor", "adamw:b1=0.5,b2=0.95", CLIPPED, "muon",
     "moma_clipped:rank=8", "moma_clipped:rank=16,b1=0.98",
 )  # fmt: skip
+HALF = tuple(f"moma:rank={r},residual=0.5" for r in (16, 4))
 PEERS = ("galore:rank=16", "galore:rank=8", "moma_clipped:rank=4")
 BLOCKS = tuple(f"{MOMA},orthogonal_block_size={size}" for size in (32, 64, 256))
 FIRST = (MOMA, LEAN, "adamw", "adafactor", "muon", CLIPPED, "moma_clipped:rank=4", "galore:rank=16")
@@ -72,7 +73,7 @@ BETAS = (
 VARIANTS = {
     name: f"moma_variant:rank=16,{name}"
     for name in (
-        "residual=0.0", "residual=0.5", "nesterov=True", "precondition='after'", "refresh=4",
+        "residual=0.0", "residual=0.25", "residual=0.5", "nesterov=True", "precondition='after'", "refresh=4",
         "refresh=16", "power_iterations=2", "error_dtype=float32", "error_dtype=bfloat16",
         "error_dtype=int8",
     )
@@ -80,7 +81,7 @@ VARIANTS = {
 PARTS = (f"{MOMA},b1=0.0", f"{MOMA},mu_dtype=bfloat16", *VARIANTS.values())
 DOUBTFUL = (
     *(VARIANTS[name] for name in (
-        "error_dtype=float32", "power_iterations=2", "refresh=16", "residual=0.5",
+        "error_dtype=float32", "power_iterations=2", "refresh=16", "residual=0.25", "residual=0.5",
     )),
     f"{MOMA},mu_dtype=bfloat16", f"{MOMA},b1=0.0",
 )  # fmt: skip
@@ -125,6 +126,7 @@ STAGES = (
         (MOMA, "adamw"),
         (0,),
     ),
+    Stage("seeds", W256, HALF, (0, 1, 2)),
     Stage("parts", W256, DOUBTFUL, (0, 1, 2), (2e-3,)),
     Stage("betas", W128, BETAS, (0,)),
     Stage("blocks", W256, BLOCKS, (0,), (4e-3,)),
