@@ -73,9 +73,9 @@ BETAS = (
 VARIANTS = {
     name: f"moma_variant:rank=16,{name}"
     for name in (
-        "residual=0.0", "residual=0.25", "residual=0.5", "nesterov=True", "precondition='after'", "refresh=4",
-        "refresh=16", "power_iterations=2", "error_dtype=float32", "error_dtype=bfloat16",
-        "error_dtype=int8",
+        "residual=0.0", "residual=0.25", "residual=0.5", "nesterov=True", "precondition='after'",
+        "refresh=4", "refresh=16", "power_iterations=2", "error_dtype=float32",
+        "error_dtype=bfloat16", "error_dtype=int8",
     )
 }  # fmt: skip
 PARTS = (f"{MOMA},b1=0.0", f"{MOMA},mu_dtype=bfloat16", *VARIANTS.values())
