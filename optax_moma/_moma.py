@@ -166,7 +166,8 @@ def scale_by_moma(
         one. Relative: a loss multiplied by a constant gives the same updates; an entry that once
         had a gradient ``eps**-0.5`` times the others' holds them back while it is remembered.
       residual: Multiplies the part of the gradient outside the subspace, which is noisier than the
-        momentum inside; 0 leaves it out.
+        momentum inside. With blocks 0.5 was better in pretraining, by 0.4 % of the loss in each of
+        three seeds (``experiments/pretrain``); 0, which leaves it out, is far behind.
       clip_rms: Largest root mean square of a matrix's update, or of another leaf's, as in
         Adafactor; ``inf`` for none. An orthogonalized update of many directions has about 1, 0.6 to
         1.2, times ``clip_rms`` if that is less.
