@@ -14,10 +14,10 @@ For a matrix W (m, n) with gradient G, at step t, with ``ema_b = b * old + (1 - 
 
 P is rank one, so preconditioning scales rows and columns of thin products. The momentum lives in
 the preconditioned space: what its truncation drops is then what matters least for the step. What
-falls outside the subspace is not remembered, but the current gradient's share of it is applied:
-full-rank updates, at no state. In the end all directions of a block move alike, as in Muon; else
-the few that all gradients of early training share would leave the others next to nothing. Blocks
-make that cheap, and keep it within devices.
+falls outside the subspace is not remembered, but the current gradient's share of it is applied
+(times ``residual``, 1 here): full-rank updates, at no state. In the end all directions of a block
+move alike, as in Muon; else the few that all gradients of early training share would leave the
+others next to nothing. Blocks make that cheap, and keep it within devices.
 
 Without blocks (``orthogonal_block_size=None``) the last line is
 
