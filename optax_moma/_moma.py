@@ -8,18 +8,18 @@ For a matrix W (m, n) with gradient G, at step t, with ``ema_b = b * old + (1 - 
     \hat G &= G \odot P, \quad P = (R C^T / \textstyle\sum R / w_2)^{-1/2} \\
     Q &= orth\big((b_1 U s V^T + (1 - b_1) \hat G) V\big), \quad B = \hat G^T Q \\
     U s V^T &\leftarrow Q Q^T (b_1 U s V^T + (1 - b_1) \hat G) \\
-    \Delta &= U (s / w_1) V^T + (\hat G - Q B^T) \\
+    \Delta &= U (s / w_1) V^T + \tfrac 1 2 (\hat G - Q B^T) \\
     \Delta_k &\leftarrow \sqrt n \, (\Delta_k \Delta_k^T)^{-1/2} \Delta_k
     \quad \text{for each block k of at most 128 rows (of columns, transposed, if m > n)}
 
 P is rank one, so preconditioning scales rows and columns of thin products. The momentum lives in
 the preconditioned space: what its truncation drops is then what matters least for the step. What
-falls outside the subspace is not remembered, but the current gradient's share of it is applied
-(times ``residual``, 1 here): full-rank updates, at no state. In the end all directions of a block
-move alike, as in Muon; else the few that all gradients of early training share would leave the
-others next to nothing. Blocks make that cheap, and keep it within devices.
+falls outside the subspace is not remembered, but the current gradient's share of it is applied, by
+half for it is noisier (``residual``): full-rank updates, at no state. In the end all directions of
+a block move alike, as in Muon; else the few that all gradients of early training share would leave
+the others next to nothing. Blocks make that cheap, and keep it within devices.
 
-Without blocks (``orthogonal_block_size=None``) the last line is
+Without blocks (``orthogonal_block_size=None``) the last two lines are
 
 .. math::
     \Delta &= U \min(s / w_1, \sqrt{\max(m, n)}) V^T + (\hat G - Q B^T) \\
@@ -132,7 +132,7 @@ def scale_by_moma(
     b2: Scalar = 0.999,
     *,
     eps: Scalar = 1e-8,
-    residual: Scalar = 1.0,
+    residual: Scalar | None = None,
     clip_rms: Scalar = 1.0,
     orthogonal_block_size: int | None = 128,
     clip_spectral: Scalar | None = None,
@@ -166,8 +166,9 @@ def scale_by_moma(
         one. Relative: a loss multiplied by a constant gives the same updates; an entry that once
         had a gradient ``eps**-0.5`` times the others' holds them back while it is remembered.
       residual: Multiplies the part of the gradient outside the subspace, which is noisier than the
-        momentum inside. With blocks 0.5 was better in pretraining, by 0.4 % of the loss in each of
-        three seeds (``experiments/pretrain``); 0, which leaves it out, is far behind.
+        momentum inside. None: 0.5 with blocks, 1 without. With blocks a half is better than the
+        whole in pretraining, and 0, which leaves that part out, far behind
+        (``experiments/pretrain``).
       clip_rms: Largest root mean square of a matrix's update, or of another leaf's, as in
         Adafactor; ``inf`` for none. An orthogonalized update of many directions has about 1, 0.6 to
         1.2, times ``clip_rms`` if that is less.
@@ -271,6 +272,8 @@ def scale_by_moma(
     check_decay("b2", b2)
     check_width("eps", eps)
     check_not_negative("eps", eps)
+    if residual is None:
+        residual = 1.0 if orthogonal_block_size is None else 0.5
     check_not_negative("residual", residual)
     check_not_negative("clip_rms", clip_rms)
     if orthogonal_block_size is not None:
@@ -466,7 +469,7 @@ def moma(
     weight_decay: Scalar = 0.0,
     mask: Any = None,
     eps: Scalar = 1e-8,
-    residual: Scalar = 1.0,
+    residual: Scalar | None = None,
     clip_rms: Scalar = 1.0,
     orthogonal_block_size: int | None = 128,
     clip_spectral: Scalar | None = None,
@@ -488,7 +491,7 @@ def moma(
         \hat G &= G \odot (R C^T / (w_2 \textstyle\sum R))^{-1/2} \\
         U s V^T &\leftarrow Q Q^T (b_1 U s V^T + (1 - b_1) \hat G), \quad
         Q = orth((b_1 U s V^T + (1 - b_1) \hat G) V) \\
-        \Delta &= U (s / w_1) V^T + (I - Q Q^T) \hat G \\
+        \Delta &= U (s / w_1) V^T + \tfrac 1 2 (I - Q Q^T) \hat G \\
         \Delta_k &\leftarrow \min(1, clip\_rms) \sqrt n \, (\Delta_k \Delta_k^T)^{-1/2} \Delta_k
         \quad \text{for each block k of rows (of columns, transposed, if m > n)} \\
         W &\leftarrow W - \eta (\Delta + \lambda W)
@@ -506,7 +509,8 @@ def moma(
       weight_decay: Decoupled decay, multiplied by the learning rate.
       mask: Where to decay: a tree of booleans, or a callable from parameters to one.
       eps: See :func:`scale_by_moma`, as for all arguments that follow.
-      residual: Multiplies the part of the gradient outside the subspace.
+      residual: Multiplies the part of the gradient outside the subspace; None for 0.5, or 1 without
+        blocks.
       clip_rms: Largest root mean square of a matrix's update, or of another leaf's.
       orthogonal_block_size: Rows (or columns) of the shorter side that are made orthogonal to each
         other in an update; None to clip instead.

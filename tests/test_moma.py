@@ -170,6 +170,16 @@ def test_saliency_is_the_path_integral_of_the_emitted_updates():
     assert_close(state.saliency["b"], path["b"], 1e-5)
 
 
+@pytest.mark.parametrize(("rule", "share"), [(SMALL, 0.5), (CLIPPED, 1.0)], ids=RULES)
+def test_half_of_what_is_outside_the_subspace_is_applied_with_blocks_and_all_without(rule, share):
+    grads = draws(8, 11)
+    updates, _ = run(om.scale_by_moma(3, **rule), grads)
+    same, _ = run(om.scale_by_moma(3, residual=share, **rule), grads)
+    less, _ = run(om.scale_by_moma(3, residual=share / 2, **rule), grads)
+    np.testing.assert_array_equal(updates, same)
+    assert np.abs(np.subtract(updates, less)).max() > 0.01
+
+
 def test_saliency_can_be_left_out():
     grads = {"w": draws(8, 11)[0], "b": draws(5)[0]}
     plain, state = run(om.scale_by_moma(3, saliency=False, **SMALL), [grads])

@@ -53,7 +53,7 @@ NOTE = (
 )
 COLOURS = {
     "moma": "C0",
-    "moma:residual=0.5": "C9",
+    "moma:residual=1.0": "C9",
     "moma_clipped": "#9edae5",
     "moma_clipped:b1=0.98": "#c7e9f0",
     "adamw": "C3",
@@ -168,10 +168,11 @@ def lines(group: dict[str, Tuned]) -> list[tuple[str, ...]]:
 
 
 def whole(optimizer: str) -> str:
-    """The optimizer of which this one changes a part: no arguments but its rank."""
-    name, arguments = optimizers.parse(optimizer)
+    """The optimizer of which this one changes a part, which is the last of its arguments."""
+    name, _, arguments = optimizer.partition(":")
+    kept = arguments if "," not in arguments else arguments.rpartition(",")[0]
     name = "moma" if name == "moma_variant" else name
-    return f"{name}:rank={arguments['rank']}" if "rank" in arguments else name
+    return f"{name}:{kept}" if kept.startswith("rank=") else name
 
 
 def part_lines(group: dict[str, Tuned]) -> list[tuple[str, ...]]:
@@ -204,7 +205,8 @@ def betas(group: dict[str, Tuned]) -> dict[str, dict[tuple[float, float], Tuned]
         kind, arguments = optimizers.parse(name)
         pair = arguments.pop("b1", 0.9), arguments.pop("b2", 0.999)
         if kind in ("adamw", "moma") and set(arguments) <= {"rank"} and set(RATES) <= set(t.curve):
-            found[whole(name)][pair] = t
+            of = f"{kind}:rank={arguments['rank']}" if arguments else kind
+            found[of][pair] = t
     return {name: dict(sorted(pairs.items())) for name, pairs in found.items() if len(pairs) > 2}
 
 

@@ -60,7 +60,8 @@ FINALISTS = (
     MOMA, "moma:rank=8", LEAN, "adamw", "adafactor", "adamw:b1=0.5,b2=0.95", CLIPPED, "muon",
     "moma_clipped:rank=8", "moma_clipped:rank=16,b1=0.98",
 )  # fmt: skip
-HALF = tuple(f"moma:rank={r},residual=0.5" for r in (16, 4))
+WHOLE = tuple(f"moma:rank={r},residual=1.0" for r in (16, 8, 4))
+"""With all of the gradient outside the subspace, as `moma` once was."""
 PEERS = ("galore:rank=16", "galore:rank=8", "moma_clipped:rank=4")
 BLOCKS = tuple(f"{MOMA},orthogonal_block_size={size}" for size in (32, 64, 256))
 FIRST = (MOMA, LEAN, "adamw", "adafactor", "muon", CLIPPED, "moma_clipped:rank=4", "galore:rank=16")
@@ -73,15 +74,16 @@ BETAS = (
 VARIANTS = {
     name: f"moma_variant:rank=16,{name}"
     for name in (
-        "residual=0.0", "residual=0.25", "residual=0.5", "nesterov=True", "precondition='after'",
-        "refresh=4", "refresh=16", "power_iterations=2", "error_dtype=float32",
-        "error_dtype=bfloat16", "error_dtype=int8",
+        "residual=0.0", "residual=0.25", "residual=1.0", "nesterov=True", "precondition='after'",
+        "refresh=4", "refresh=16", "power_iterations=2", "residual=1.0,error_dtype=float32",
+        "residual=1.0,error_dtype=bfloat16", "residual=1.0,error_dtype=int8",
     )
 }  # fmt: skip
 PARTS = (f"{MOMA},b1=0.0", f"{MOMA},mu_dtype=bfloat16", *VARIANTS.values())
 DOUBTFUL = (
     *(VARIANTS[name] for name in (
-        "error_dtype=float32", "power_iterations=2", "refresh=16", "residual=0.25", "residual=0.5",
+        "residual=1.0,error_dtype=float32", "power_iterations=2", "refresh=16", "residual=0.25",
+        "residual=1.0",
     )),
     f"{MOMA},mu_dtype=bfloat16", f"{MOMA},b1=0.0",
 )  # fmt: skip
@@ -126,7 +128,7 @@ STAGES = (
         (MOMA, "adamw"),
         (0,),
     ),
-    Stage("seeds", W256, HALF, (0, 1, 2)),
+    Stage("seeds", W256, WHOLE, (0, 1, 2)),
     Stage("parts", W256, DOUBTFUL, (0, 1, 2), (2e-3,)),
     Stage("betas", W128, BETAS, (0,)),
     Stage("blocks", W256, BLOCKS, (0,), (4e-3,)),

@@ -4,7 +4,7 @@ r"""`moma` as one might also have built it, to measure what each of its choices 
     Nesterov's momentum, or not
     the subspace renewed at each step, or at every k-th, or by several power iterations
     what the momentum loses to the truncation forgotten, or kept and fed back
-    the gradient outside the subspace as it is, or less of it
+    half of the gradient outside the subspace, or more or less of it
 
 Plain code, for matrices alone: it forms what the library leaves implicit. With the library's
 choices its updates are the library's.
@@ -53,7 +53,7 @@ def scale_by_variant(
     b1: float = 0.9,
     b2: float = 0.999,
     *,
-    residual: float = 1.0,
+    residual: float = 0.5,
     nesterov: bool = False,
     precondition: Literal["before", "after"] = "before",
     refresh: int = 1,
@@ -75,8 +75,8 @@ def scale_by_variant(
         then the projection of all gradients on it.
       power_iterations: How often a new subspace is brought nearer to that of the momentum.
       error_dtype: float32, bfloat16 or int8, to keep what the truncation takes from the momentum
-        and add it to the next. The whole momentum then makes the step: dense momentum, stored in
-        two parts.
+        and add it to the next. The momentum then makes the step, ``residual`` times what it has
+        outside the subspace: with 1, dense momentum, stored in two parts.
       learning_rate: Not used; `moma` takes it.
     """
     del learning_rate

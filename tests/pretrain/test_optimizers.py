@@ -20,7 +20,7 @@ SPECS = [
     "moma:rank=4",
     "moma:rank=4,b1=0.0,saliency=False",
     "moma_clipped:rank=4",
-    "moma_variant:rank=4,residual=0.5,nesterov=True",
+    "moma_variant:rank=4,residual=1.0,nesterov=True",
     "moma_variant:rank=4,precondition='after',refresh=2",
     "moma_variant:rank=4,error_dtype=int8,power_iterations=2",
 ]
@@ -130,7 +130,7 @@ def test_with_what_was_lost_fed_back_the_momentum_is_dense():
     """Whatever the rank: what is not in the factors is in the error."""
     updates, dense = [], np.zeros((128, 256))
     R, C = np.zeros(128), np.zeros(256)
-    tx = variants.scale_by_variant(rank=2, error_dtype="float32")
+    tx = variants.scale_by_variant(rank=2, residual=1.0, error_dtype="float32")
     params = {"kernel": PARAMS["up"]["kernel"]}
     state = tx.init(params)
     for t in range(1, 5):

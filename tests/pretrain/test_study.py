@@ -215,18 +215,22 @@ def test_ranks_are_drawn_from_three_on_beside_the_best_of_others(tmp_path):
 
 
 def test_a_part_stands_beside_the_whole():
-    """With the whole's loss at the same rate and seeds, whether or not that is its best rate."""
+    """With the whole's loss at the same rate and seeds, whether or not that is its best rate; the
+    whole is what has not the last argument.
+    """
     ran = lambda rate, runs: report.Tuned(0.1, rate, runs, None)
     group = {
         "moma:rank=8": ran(4e-3, {(4e-3, 0): 4.25, (8e-3, 0): 4.5, (4e-3, 1): 4.0, (4e-3, 2): 9.0}),
         "moma_variant:rank=8,residual=0.0": ran(4e-3, {(4e-3, 0): 4.75, (4e-3, 1): 5.0}),
         "moma:rank=8,b1=0.0": ran(8e-3, {(8e-3, 0): 4.25}),
+        "moma:rank=8,b1=0.0,b2=0.5": ran(8e-3, {(8e-3, 0): 4.375}),
         "moma_variant:rank=8,refresh=4": ran(4e-3, {(4e-3, 0): 4.0, (4e-3, 3): 4.0}),
         "adamw": ran(4e-3, {(4e-3, 0): 5.0}),
     }
     assert report.part_lines(group) == [
         ("moma_variant:rank=8,refresh=4", "10.0", "0.004", "2", "4.0000 ± 0.0000", "", ""),
         ("moma:rank=8,b1=0.0", "10.0", "0.008", "1", "4.2500", "4.5000", "-0.2500"),
+        ("moma:rank=8,b1=0.0,b2=0.5", "10.0", "0.008", "1", "4.3750", "4.2500", "+0.1250"),
         ("moma_variant:rank=8,residual=0.0", "10.0", "0.004", "2", "4.8750 ± 0.1250",
          "4.1250 ± 0.1250", "+0.7500 ± 0.2500"),
         ("adamw", "10.0", "0.004", "1", "5.0000", "5.0000", "+0.0000"),
