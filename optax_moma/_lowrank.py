@@ -30,6 +30,7 @@ class Factors(NamedTuple):
     V: jax.Array
 
 
+@jax.jit  # traced once for all matrices of a shape, and compiled once where nothing else is
 def orthonormalize(Y: jax.Array) -> jax.Array:
     r"""An orthonormal basis Q (m, r) of the columns of Y, by passes of Cholesky-QR.
 
@@ -95,6 +96,7 @@ def follow(
     return _normalized(Q, Z, V), inside
 
 
+@jax.jit
 def _normalized(Q: jax.Array, Z: jax.Array, previous: jax.Array) -> Factors:
     """``Q Z`` with Z (r, n) split into lengths and unit rows, the columns of V.
 

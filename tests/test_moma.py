@@ -458,6 +458,21 @@ def test_complex_leaves_keep_their_phase_under_a_narrow_mu_dtype():
     np.testing.assert_allclose(second, first, rtol=1e-4)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_outside_of_jit_nothing_is_compiled_twice(rule):
+    grads = {"w": draws(8, 11)[0], "v": draws(8, 11)[1], "b": draws(5)[0]}
+    state, events = RULES[rule].init(grads), []
+    listen = lambda name, *_, **__: events.append(name)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    for _ in range(3):
+        seen = len(events)
+        _, state = RULES[rule].update(grads, state)
+    compiled = [name for name in events if name.endswith("backend_compile_duration")]
+    jax.monitoring.unregister_event_duration_listener(listen)
+    assert compiled
+    assert not [name for name in events[seen:] if name.endswith("backend_compile_duration")]
+
+
 def test_no_buffer_appears_twice():
     """Donation forbids it."""
     params = {"w": jnp.ones((8, 11)), "b": jnp.ones(4)}
