@@ -9,15 +9,16 @@ import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent
-sys.path.insert(0, str(ROOT))  # experiments is no installed package
+sys.path.insert(0, str(Path(__file__).parent))  # experiments is no installed package
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before the first backend starts
 # XLA's decompositions run in SciPy's OpenBLAS, whose idle threads spin and take the cores from the
 # other processes of the run.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Most of a run's time is XLA's: what it compiles is there for the other processes and for the next
 # run, which takes a quarter of the time, until `pytest --cache-clear`.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache/d/compiled"))
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent / ".pytest_cache/d/compiled")
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
