@@ -159,7 +159,7 @@ def scale_by_moma(
 
     Args:
       rank: Columns of the momentum's factors, r >= 1 (at most min(m, n) are kept). In pretraining
-        it hardly counts (``experiments/pretrain``); without blocks it does.
+        it counts little (``experiments/pretrain``), without blocks more.
       b1: Decay of the momentum, in [0, 1).
       b2: Decay of the second moments R and C, in [0, 1).
       eps: The preconditioner counts no row, column or entry as less than this share of the average
