@@ -15,7 +15,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before the first backend starts
 # other processes of the run.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Most of a run's time is XLA's: what it compiles is there for the other processes and for the next
-# run, which takes a quarter of the time, until `pytest --cache-clear`.
+# run, which takes a third of the time, until `pytest --cache-clear`.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent / ".pytest_cache/d/compiled")
 )
