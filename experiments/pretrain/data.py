@@ -17,7 +17,6 @@ import functools
 import glob
 import gzip
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -145,7 +144,10 @@ def stream(name: str, rows: Any) -> Corpus:
     def lane(index: int, lanes: int, seed: int) -> grain.IterDataset:
         from datasets.distributed import split_dataset_by_node
 
-        mine = split_dataset_by_node(rows.repeat(None), index, lanes)
+        if rows.num_shards >= lanes:  # files of its own, if some lanes have one more than others
+            mine = rows.shard(lanes, index).repeat(None)
+        else:  # every file, of which it keeps its share of the rows
+            mine = split_dataset_by_node(rows.repeat(None), index, lanes)
         return Rows(mine).filter(lambda text: not is_held_out(text))
 
     def texts(held_out: bool) -> Iterator[str]:
@@ -202,6 +204,15 @@ class RowsIterator(grain.DatasetIterator):
         self._iterator = iter(self._rows)
 
 
+def first(texts: Iterable[str], characters: int) -> Iterator[str]:
+    """Texts up to the one that fills so many characters; nothing after it is read."""
+    for text in texts:
+        yield text
+        characters -= len(text)
+        if characters <= 0:
+            return
+
+
 def find_tokenizer(corpus: Corpus, vocabulary: int, path: Path) -> Tokenizer:
     """Loads the byte-level BPE at ``path``, or trains one on the corpus and saves it there."""
     if not path.exists():
@@ -214,9 +225,7 @@ def find_tokenizer(corpus: Corpus, vocabulary: int, path: Path) -> Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        sizes = itertools.accumulate((len(t) for t in corpus.sample()), initial=0)
-        texts = (t for t, size in zip(corpus.sample(), sizes, strict=False) if size < SAMPLE)
-        tokenizer.train_from_iterator(texts, trainer)
+        tokenizer.train_from_iterator(first(corpus.sample(), SAMPLE), trainer)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}")
         tokenizer.save(str(part))

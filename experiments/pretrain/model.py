@@ -45,6 +45,16 @@ class Config:
     scan: bool = False
     remat: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuses heads that do not share the width evenly."""
+        if self.width % self.head_count:
+            raise ValueError(f"{self.head_count} heads do not divide a width of {self.width}.")
+
+    @property
+    def head_count(self) -> int:
+        """The attention heads."""
+        return self.heads or max(1, self.width // 64)
+
 
 def gpt2(**changes: Any) -> Config:
     """GPT-2 small: 124 M parameters; its 50,257 tokens rounded up so that shards are even."""
@@ -90,7 +100,7 @@ class Block(nnx.Module):
         """Query, key and value are apart: each is one matrix to the optimizer, and to a mesh."""
         width, hidden = config.width, 4 * config.width
         depth = 1 / math.sqrt(2 * config.layers)  # two additions a block keep the stream's size
-        self.heads = config.heads or max(1, width // 64)
+        self.heads = config.head_count
         self.norm1, self.norm2 = norm(config, rngs), norm(config, rngs)
         self.query, self.key, self.value = (
             linear(config, (width, width), ("embed", "heads"), rngs) for _ in range(3)

@@ -50,18 +50,25 @@ class Program(NamedTuple):
 
 
 def make_mesh(shape: str) -> Mesh:
-    """All devices, as ``"data,fsdp,tensor"`` says."""
-    sizes = [int(n) for n in shape.split(",")]
+    """The devices as ``"data,fsdp,tensor"`` says: all with a -1 among them, else the first so many.
+
+    Raises:
+      ValueError: there are not three sizes, or the devices cannot be laid out so.
+    """
+    sizes, devices = [int(n) for n in shape.split(",")], jax.device_count()
     if len(sizes) != len(AXES):
         raise ValueError(f"--mesh takes three sizes (data, fsdp, tensor), not {shape!r}.")
-    if -1 in sizes:
-        rest = -math.prod(sizes)
-        sizes[sizes.index(-1)] = jax.device_count() // rest
+    given = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) > 1 or given < 1 or given > devices or (-1 in sizes and devices % given):
+        raise ValueError(f"--mesh={shape} does not lay out {devices} devices.")
+    sizes = [devices // given if size == -1 else size for size in sizes]
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def build(sizes: model.Config, tx: optax.GradientTransformation, mesh: Mesh) -> Program:
-    """Lays a model and its optimizer on a mesh."""
+def build(
+    sizes: model.Config, tx: optax.GradientTransformation, mesh: Mesh, accumulate: int = 1
+) -> Program:
+    """Lays a model and its optimizer on a mesh; a step goes through its rows in so many parts."""
     init_params, apply = model.functional(sizes)
     shapes = jax.eval_shape(init_params, jax.random.key(0))
     specs = model.partition_specs(sizes)
@@ -89,9 +96,20 @@ def build(sizes: model.Config, tx: optax.GradientTransformation, mesh: Mesh) -> 
         updates, opt_state = tx.update(grads, opt_state, params)
         return updates, jax.lax.with_sharding_constraint(opt_state, at_work)
 
+    def gradient(params: Any, tokens: jax.Array) -> tuple[jax.Array, Any]:
+        """The mean loss of all rows and its gradient, in the memory of one part's."""
+        value_and_grad = jax.value_and_grad(lambda params, part: jnp.mean(losses(params, part)))
+        if accumulate == 1:
+            return value_and_grad(params, tokens)
+        # Every part has rows of every device, so that none has to travel.
+        parts = tokens.reshape(-1, accumulate, tokens.shape[-1]).swapaxes(0, 1)
+        parts = jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, P(None, *batch.spec)))
+        add = lambda total, part: (optax.tree.add(total, value_and_grad(params, part)), None)  # noqa: E731
+        total, _ = jax.lax.scan(add, (jnp.zeros(()), optax.tree.zeros_like(params)), parts)
+        return optax.tree.scale(1 / accumulate, total)
+
     def step(state: State, tokens: jax.Array) -> tuple[State, jax.Array, jax.Array]:
-        mean_loss = lambda params: jnp.mean(losses(params, tokens))  # noqa: E731
-        loss, grads = jax.value_and_grad(mean_loss)(state.params)
+        loss, grads = gradient(state.params, tokens)
         updates, opt_state = update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return State(params, opt_state), loss, optax.tree.norm(grads)
@@ -119,7 +137,9 @@ def build(sizes: model.Config, tx: optax.GradientTransformation, mesh: Mesh) -> 
 
 
 @functools.cache
-def program_for(config: model.Config, optimizer: str, lr: float, steps: int, mesh: str) -> Program:
+def program_for(
+    config: model.Config, optimizer: str, lr: float, steps: int, mesh: str, accumulate: int = 1
+) -> Program:
     """A run's program; runs of one process that differ in nothing else compile once."""
     tx = optimizers.make(optimizer, optimizers.schedule(lr, steps))
-    return build(config, tx, make_mesh(mesh))
+    return build(config, tx, make_mesh(mesh), accumulate)

@@ -2,12 +2,14 @@
 
     python -m experiments.pretrain.train --out runs/first
     python -m experiments.pretrain.train --out runs/gpt2 --corpus fineweb:sample-10BT \\
-        --preset gpt2 --dtype bfloat16 --batch 512 --steps 20000 --lr 1e-3 --mesh=-1,1,1
-    ... --coordinator host:1234 --processes 2 --process 0      # the same command on every host
+        --preset gpt2 --dtype bfloat16 --scan --remat --batch 512 --accumulate 8 \\
+        --steps 20000 --lr 1e-3 --validate_every 500 --save_every 500 --mesh=-1,1,1
+    ... --coordinator host:1234 --processes 2 --process 0      # on the second host --process 1
 
-The folder of a run holds ``losses.csv``, ``validation.csv``, ``checkpoints/`` and, when it is done,
-``result.json``. A run that was stopped or killed goes on from its last checkpoint when the command
-is given again, and its losses are those of an unbroken run, bit for bit, on as many devices.
+A run's folder holds ``losses.csv``, ``validation.csv``, the last two ``checkpoints/`` and, when it
+is done, ``result.json``. A run that was stopped or killed goes on from its last checkpoint when
+the command is given again, and its losses are those of an unbroken run, bit for bit, on as many
+devices.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import csv
 import dataclasses
 import json
 import math
+import re
 import shlex
 import signal
 import sys
@@ -46,7 +49,7 @@ class Config:
       out: folder of the run.
       corpus: see ``data.open_corpus``; by default the folder ``lm`` of OPTAX_MOMA_DATA.
       tokenizer: file of a byte-level BPE; where there is none, one is trained and saved there. By
-        default beside the run's folder.
+        default beside the run's folder, one for each corpus and vocabulary.
       preset: ``small``, or ``gpt2`` for the sizes of GPT-2 124M, which the next five then override.
       vocabulary: tokens; 0 for the model's own, as in the next four.
       width: size of the residual stream.
@@ -55,17 +58,18 @@ class Config:
       length: tokens of a sequence.
       dtype: float32 or bfloat16, what activations are computed in.
       scan: one compiled block for all layers.
-      remat: activations are computed again in the backward pass.
+      remat: activations are computed again in the backward pass, for less memory.
       optimizer: see ``optimizers.make``.
       lr: peak learning rate.
       steps: optimizer steps.
       batch: sequences of a step, over all devices.
+      accumulate: parts of a batch, one after the other, for less memory.
       lanes: streams that fill a batch; a divisor of ``batch``, a multiple of the processes.
       seed: of parameters and order of the data.
       mesh: devices along data, fsdp and tensor; one of them may be -1, for the rest.
       validate: sequences per source for validation.
       validate_every: steps between validations; 0 for only the last.
-      save_every: steps between checkpoints; 0 for none unless the run is stopped.
+      save_every: steps between checkpoints; 0 for one at the end or when the run is stopped.
       log_every: steps between progress lines.
       coordinator: host:port of process 0; ``auto`` where the cluster tells.
       processes: number of processes.
@@ -88,6 +92,7 @@ class Config:
     lr: float = 4e-3
     steps: int = 400
     batch: int = 8
+    accumulate: int = 1
     lanes: int = 8
     seed: int = 0
     mesh: str = "-1,1,1"
@@ -106,7 +111,23 @@ class Config:
         given |= {"dtype": self.dtype, "scan": self.scan, "remat": self.remat}
         if self.preset not in ("small", "gpt2"):
             raise ValueError(f"--preset is small or gpt2, not {self.preset!r}.")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"--dtype is float32 or bfloat16, not {self.dtype!r}.")
         return model.gpt2(**given) if self.preset == "gpt2" else model.Config(**given)
+
+    def tokenizer_file(self) -> Path:
+        """Where the tokenizer is."""
+        corpus = re.sub(r"\W+", "-", self.corpus).strip("-")
+        name = "-".join(filter(None, (f"bpe{self.sizes().vocabulary}", corpus)))
+        return Path(self.tokenizer or Path(self.out).absolute().parent / f"{name}.json")
+
+    def decides_losses(self) -> dict[str, Any]:
+        """What a run that goes on from a checkpoint has to have in common with the one before."""
+        free = (
+            "out", "remat", "accumulate", "mesh", "validate", "validate_every", "save_every",
+            "log_every", "coordinator", "processes", "process",
+        )  # fmt: skip
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
 
     def arguments(self) -> list[str]:
         """The options that repeat the run."""
@@ -127,11 +148,15 @@ def parse(arguments: list[str] | None = None) -> Config:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    texts = dict(re.findall(r"^ {6}(\w+): (.*(?:\n {8}.*)*)", str(Config.__doc__), re.MULTILINE))
     for field in dataclasses.fields(Config):
+        about: dict[str, Any] = {"help": f"{' '.join(texts[field.name].split())}"}
         if field.type is bool:
-            parser.add_argument(f"--{field.name}", action="store_true")
+            parser.add_argument(f"--{field.name}", action="store_true", **about)
         else:
-            parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
+            about["help"] += f" [{field.default}]" if field.default != "" else ""
+            about |= {"type": type(field.default), "default": field.default, "metavar": ""}
+            parser.add_argument(f"--{field.name}", **about)
     return Config(**vars(parser.parse_args(arguments)))
 
 
@@ -173,20 +198,32 @@ def save(
     step: int,
     state: State,
     batches: Batches,
+    config: Config,
     seconds: float,
 ) -> None:
     """Starts to save the whole run as it is after ``step`` steps and so many seconds."""
-    about = {"position": batches.position(), "seconds": seconds}
+    about = {"position": batches.position(), "seconds": seconds, "run": config.decides_losses()}
     checkpoints.save_async(step, without_empty(state._asdict()), custom_metadata=about, force=True)
 
 
 def load(
-    checkpoints: ocp.training.Checkpointer, program: Program, batches: Batches
+    checkpoints: ocp.training.Checkpointer, program: Program, batches: Batches, config: Config
 ) -> tuple[State, float]:
-    """The latest checkpoint's state, laid on the mesh, and its seconds; moves to its position."""
+    """The latest checkpoint's state, laid on the mesh, and its seconds; moves to its position.
+
+    Raises:
+      ValueError: it is of another run.
+    """
+    about: Any = checkpoints.metadata().custom_metadata
+    before, now = about["run"], config.decides_losses()
+    changed = [f"--{k} was {before[k]!r}, is {now[k]!r}" for k in now if now[k] != before[k]]
+    if changed:
+        raise ValueError(
+            f"{config.out} holds another run: {'; '.join(changed)}."
+            " Give what it was, or another --out."
+        )
     wanted = program.abstract._asdict()
     loaded = checkpoints.load(None, without_empty(wanted))
-    about: Any = checkpoints.metadata().custom_metadata
     batches.go_to(about["position"])
     empty = lambda like, x: jnp.zeros(like.shape, like.dtype) if x is None else x  # noqa: E731
     return State(**jax.tree.map(empty, wanted, loaded)), about["seconds"]
@@ -233,23 +270,39 @@ def evaluate(
 def run(config: Config) -> dict[str, Any] | None:
     """Trains, from the last checkpoint if there is one; the result, or None when stopped."""
     started = time.monotonic()
+    if "://" in config.out:
+        raise ValueError(
+            f"--out={config.out} has to be a folder, which all hosts share: mount the bucket."
+        )
     out, sizes = Path(config.out).absolute(), config.sizes()
+    program = program_for(
+        sizes, config.optimizer, config.lr, config.steps, config.mesh, config.accumulate
+    )
+    shape = program.mesh.shape
+    shares = shape["data"] * shape["fsdp"] * config.accumulate
+    if config.batch % shares:
+        raise ValueError(
+            f"--batch={config.batch} has no equal shares for --mesh={config.mesh}"
+            f" --accumulate={config.accumulate}: it has to be a multiple of {shares}."
+        )
     out.mkdir(parents=True, exist_ok=True)
-    corpus = open_corpus(config.corpus, sizes.length)
-    file = Path(config.tokenizer or out.parent / f"bpe{sizes.vocabulary}.json")
+    corpus, file = open_corpus(config.corpus, sizes.length), config.tokenizer_file()
     if jax.process_index() == 0:
         find_tokenizer(corpus, sizes.vocabulary, file)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("tokenizer")
     tokenizer = find_tokenizer(corpus, sizes.vocabulary, file)
     sources = validation(corpus, tokenizer, sizes.length, config.validate)
-
-    program = program_for(sizes, config.optimizer, config.lr, config.steps, config.mesh)
     state_bytes, adamw_bytes = (
         om.state_size(t, program.abstract.params).total_bytes
         for t in (program.tx, optimizers.make("adamw", config.lr))
     )
     tokens_per_second = lambda n, s: n * config.batch * sizes.length / max(s, 1e-9)  # noqa: E731
+    params = sum(x.size for x in jax.tree.leaves(program.abstract.params))
+    say(
+        f"{params / 1e6:.1f} M parameters on {program.mesh.size} of {jax.device_count()} devices,"
+        f" tokens of {file}"
+    )
     with ExitStack() as stack:
         stack.enter_context(jax.set_mesh(program.mesh))
         batches = Batches(
@@ -268,7 +321,7 @@ def run(config: Config) -> dict[str, Any] | None:
             first, state, before = 0, program.init(jax.random.key(config.seed)), 0.0
         else:
             first = checkpoints.latest.step
-            state, before = load(checkpoints, program, batches)
+            state, before = load(checkpoints, program, batches, config)
             say(f"from the checkpoint at step {first}")
         header = ("step", "loss", "gradient_norm")
         losses = stack.enter_context(closing(Table(out / "losses.csv", header, first)))
@@ -310,9 +363,9 @@ def run(config: Config) -> dict[str, Any] | None:
                 found = evaluate(program, state.params, sources, config.batch)
                 validations.add([(step, name, value) for name, value in found.items()])
                 say(f"step {step}/{config.steps}  validation {found['all']:.4f}")
-            if due[1] or stopped or (last and config.save_every):
+            if finite and (due[1] or stopped or last):
                 elapsed = before + time.monotonic() - started
-                save(checkpoints, step, state, batches, elapsed)
+                save(checkpoints, step, state, batches, config, elapsed)
             mark = time.monotonic()
         checkpoints.wait()
         if first == config.steps:
@@ -322,7 +375,7 @@ def run(config: Config) -> dict[str, Any] | None:
         return None
     result = dataclasses.asdict(config) | {
         "command": config.command(),
-        "params": sum(x.size for x in jax.tree.leaves(program.abstract.params)),
+        "params": params,
         "loss": final_loss(out / "losses.csv"),
         "validation": found.get("all", math.nan),
         "sources": found,

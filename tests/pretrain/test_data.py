@@ -195,6 +195,38 @@ def test_a_tokenizer_does_not_depend_on_the_length_of_sequences(corpus):
     assert short == long and len("".join(short)) > 10_000
 
 
+def test_a_tokenizer_reads_no_more_than_its_sample(corpus, tmp_path, monkeypatch):
+    """Of a corpus that never ends."""
+    monkeypatch.setattr(data, "SAMPLE", 1000)
+    read = []
+
+    def endless():
+        while True:
+            read.append("a few words, again and again")
+            yield read[-1]
+
+    opened = data.open_corpus(str(corpus), LENGTH)._replace(sample=endless)
+    data.find_tokenizer(opened, 280, tmp_path / "bpe.json")
+    assert sum(map(len, read[:-1])) < 1000 <= sum(map(len, read))
+
+
+@pytest.mark.parametrize(("lanes", "files"), [(2, [{0, 1, 2}, {3, 4}]), (6, [{0, 1, 2, 3, 4}] * 6)])
+def test_lanes_read_files_of_their_own_where_there_are_enough(lanes, files, tmp_path, monkeypatch):
+    arrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    monkeypatch.setattr(data, "HELD_OUT", 0.0)
+    for i in range(5):
+        table = arrow.table({"text": [f"file {i} text {j}" for j in range(6)]})
+        pyarrow.parquet.write_table(table, tmp_path / f"{i}.parquet")
+    opened, seen = data.open_corpus(str(tmp_path / "*.parquet"), LENGTH), []
+    for lane in range(lanes):
+        texts = list(itertools.islice(opened.lane(lane, lanes, 0), 30 if lanes == 2 else 5))
+        assert {int(text.split()[1]) for text in texts} == files[lane]
+        seen.append(set(texts))
+    assert sum(map(len, seen)) == len(set().union(*seen)) == 30
+
+
 def test_says_that_a_tokenizer_is_too_large(corpus, tokenizer, tmp_path):
     path = tmp_path / "bpe.json"
     tokenizer.save(str(path))

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -102,9 +103,25 @@ def test_eight_devices_are_one(pair):
 def test_compiles_once(pair):
     for config in pair[:2]:
         program = train.program_for(
-            config.sizes(), config.optimizer, config.lr, config.steps, config.mesh
+            config.sizes(), config.optimizer, config.lr, config.steps, config.mesh, 1
         )
         assert program.step._cache_size() == program.losses._cache_size() == 1
+
+
+def test_parts_of_a_batch_are_the_batch(pair):
+    """On four devices in two parts, and on one device in one."""
+    config, found = pair[0], []
+    tokens = np.random.default_rng(0).integers(0, 320, (3, config.batch, config.length + 1))
+    for mesh, parts in (("1,1,1", 1), ("2,2,1", 2)):
+        program = train.program_for(
+            config.sizes(), config.optimizer, config.lr, config.steps, mesh, parts
+        )
+        with jax.set_mesh(program.mesh):
+            state = program.init(jax.random.key(0))
+            for batch in tokens.astype(np.int32):
+                state, *values = program.step(state, batch)
+                found.append([float(x) for x in values])
+    np.testing.assert_allclose(found[3:], found[:3], rtol=2e-5)
 
 
 @pytest.mark.parametrize("killed", [5, 12])
@@ -144,6 +161,33 @@ def test_stops_at_sigterm(unbroken, tmp_path, monkeypatch):
     assert losses(config) == losses(whole)
 
 
+def test_does_not_go_on_with_another_run(unbroken):
+    config, _ = unbroken
+    with pytest.raises(ValueError, match=r"--lr was 0.005, is 0.1; --steps was 14, is 20\. Give"):
+        train.run(dataclasses.replace(config, lr=0.1, steps=20, log_every=1))
+
+
+def test_corpora_have_tokenizers_of_their_own():
+    files = [
+        train.Config(out="runs/first", corpus=corpus).tokenizer_file().name
+        for corpus in ("", "fineweb:sample-10BT", "/texts/*.parquet")
+    ]
+    assert files == [
+        "bpe4096.json",
+        "bpe4096-fineweb-sample-10BT.json",
+        "bpe4096-texts-parquet.json",
+    ]
+    assert train.Config(tokenizer="mine.json").tokenizer_file() == Path("mine.json")
+
+
+def test_help_says_what_every_option_is(capsys):
+    with pytest.raises(SystemExit):
+        train.parse(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--lr peak learning rate. [0.004]" in said
+    assert "trained and saved there. By default beside the run's folder" in said
+
+
 def test_a_finished_run_only_validates(unbroken):
     config, first = unbroken
     rows = losses(config)
@@ -152,9 +196,11 @@ def test_a_finished_run_only_validates(unbroken):
 
 
 def test_says_that_it_diverged(new_run, capsys):
-    result = train.run(new_run("run", lr=1e30, steps=30, optimizer="adamw"))
+    config = new_run("run", lr=1e30, steps=30, optimizer="adamw")
+    result = train.run(config)
     assert np.isnan(result["loss"]) and np.isnan(result["validation"])
     assert "diverged" in capsys.readouterr().out
+    assert not list((Path(config.out) / "checkpoints").iterdir())
 
 
 def test_bfloat16_scanned_and_rematerialised(new_run):
@@ -170,11 +216,17 @@ def test_bfloat16_scanned_and_rematerialised(new_run):
         ({"mesh": "2,2"}, "three sizes"),
         ({"lanes": 3}, "3 equal lanes"),
         ({"preset": "huge"}, "small or gpt2"),
+        ({"mesh": "3,-1,1"}, "does not lay out 8 devices"),
+        ({"mesh": "0,-1,1"}, "does not lay out 8 devices"),
+        ({"mesh": "2,2,2", "accumulate": 3}, "a multiple of 12"),
+        ({"dtype": "bf16"}, "float32 or bfloat16"),
+        ({"heads": 3}, "3 heads do not divide a width of 64"),
+        ({"out": "gs://bucket/run"}, "mount the bucket"),
     ],
 )
 def test_says_what_is_wrong(changes, said, new_run):
     with pytest.raises(ValueError, match=said):
-        train.run(new_run("run", **changes))
+        train.run(dataclasses.replace(new_run("run"), **changes))
 
 
 # What follows starts processes, as a user does.
