@@ -39,8 +39,8 @@ KNOWN_BY = {
     "rms": ("count", "nu"),
 }
 # States with the fields of Adam's whose nu is no average of g^2: of (g - m)^2, of ||g||^2 per leaf,
-# of a diagonal of the Hessian.
-OTHER_NU = {"ScaleByBeliefState", "ScaleByNovogradState", "SophiaState"}
+# of a diagonal of the Hessian, of the gradient's square in a subspace.
+OTHER_NU = {"GaLoreState", "ScaleByBeliefState", "ScaleByNovogradState", "SophiaState"}
 
 
 def curvature_from(
@@ -66,7 +66,8 @@ def curvature_from(
         Sophia keep something else under the same names, and are refused, but not from such a
         checkpoint, which does not tell them from Adam. Adamax, Yogi and ADOPT cannot be told from
         it at all, for their state is of Adam's type: what comes back is their own nu, divided by
-        ``1 - b2^t``. RMSProp without bias correction does not count its steps, and is refused.
+        ``1 - b2^t``. RMSProp without bias correction does not count its steps, GaLore knows them
+        in a subspace only: both are refused.
       params: The parameters that the state belongs to (shapes are enough).
       b2: Decay of the second moments, for bias correction: ``decay`` of RMSProp, whose default is
         0.9. ``moma`` records its own and Adafactor needs none: it is not read for their states.

@@ -15,6 +15,9 @@ from ._matrix import contract, divisor
 
 Operator = Callable[[jax.Array], jax.Array]
 _BLOCK = 32
+_FEWEST = 4
+"""Columns from which on XLA's products on a CPU add up in blocks: the Gram of fewer tall ones would
+be off by more than the shift."""
 
 
 class Factors(NamedTuple):
@@ -35,11 +38,12 @@ def orthonormalize(Y: jax.Array) -> jax.Array:
     r"""An orthonormal basis Q (m, r) of the columns of Y, by passes of Cholesky-QR.
 
     A pass scales the columns to unit length, factorizes their Gram matrix, shifted by the rounding
-    error it may hold, :math:`Y^T Y + \delta I = L L^T` with :math:`\delta = r\,eps`, and returns
-    :math:`Y L^{-T}`. The scaling makes the Gram nearly the identity when the columns are scaled
-    orthogonal vectors, as they become in a warm-started iteration. A column that depends on those
-    before it shows as a small pivot, and leaves a null column in Q: so ``Q Q^T`` is a projection
-    whatever the rank of Y. Two passes do it; a third is made where pivots are left in between.
+    error it may hold, :math:`Y^T Y + \delta I = L L^T` with
+    :math:`\delta = \max(r, \sqrt m / 8)\,eps`, and returns :math:`Y L^{-T}`. The scaling makes the
+    Gram nearly the identity when the columns are scaled orthogonal vectors, as they become in a
+    warm-started iteration. A column that depends on those before it shows as a small pivot, and
+    leaves a null column in Q: so ``Q Q^T`` is a projection whatever the rank of Y. Two passes do
+    it; a third is made where pivots are left in between.
 
     The order of the columns is that of Gram-Schmidt: the first k columns of Q span the first k of
     Y, which is what makes the factors converge to singular vectors one by one.
@@ -47,7 +51,11 @@ def orthonormalize(Y: jax.Array) -> jax.Array:
     Source: Fukaya et al., "Shifted Cholesky QR for computing the QR factorization of
     ill-conditioned matrices", 2020.
     """
-    shift = Y.shape[-1] * jnp.finfo(Y.dtype).eps
+    m, r = Y.shape[-2:]
+    if r < _FEWEST:
+        filled = jnp.pad(Y, [(0, 0)] * (Y.ndim - 1) + [(0, _FEWEST - r)])
+        return orthonormalize(filled)[..., :r]
+    shift = max(r, m**0.5 / 8) * jnp.finfo(Y.dtype).eps
     Y, _ = _pass(Y, shift, least=8 * shift)
     # What is left of a dependent column after one pass is noise, which a second lays bare.
     Y, pivots = _pass(Y, shift, least=0.25)

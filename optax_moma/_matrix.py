@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ._tree import is_none, named_leaves
@@ -169,7 +170,7 @@ def _named_axes(spec: Any, name: str, leaf: Any) -> _Axes:
     if spec is None or leaf is None or leaf.ndim < 2:
         return None
     rows, cols = (
-        tuple(_axis(i, name, leaf, spec) for i in ([axis] if isinstance(axis, int) else axis))
+        tuple(_axis(i, name, leaf, spec) for i in ([axis] if np.ndim(axis) == 0 else axis))
         for axis in (spec.reduction_axis, spec.output_axis)
     )
     if not rows or not cols or len({*rows, *cols}) < len(rows) + len(cols):

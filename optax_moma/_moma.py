@@ -17,7 +17,9 @@ the preconditioned space: what its truncation drops is then what matters least f
 falls outside the subspace is not remembered, but the current gradient's share of it is applied, by
 half for it is noisier (``residual``): full-rank updates, at no state. In the end all directions of
 a block move alike, as in Muon; else the few that all gradients of early training share would leave
-the others next to nothing. Blocks make that cheap, and keep it within devices.
+the others next to nothing. Blocks make that cheap, and keep it within devices. Here n counts the
+columns (rows, if m > n) that a gradient ever reached: those of an embedding that never occur lend
+the others no length.
 
 Without blocks (``orthogonal_block_size=None``) the last two lines are
 
@@ -152,6 +154,9 @@ def scale_by_moma(
     leaf. A matrix of a stack (see ``weight_dimension_numbers``) is updated as if it were a leaf of
     its own.
 
+    Derivatives through an update, as meta-learning takes them, are right in forward mode; in
+    reverse mode they are NaN where a gradient has a lower rank than the momentum.
+
     A gradient that is not finite makes its whole leaf so, for good: the momentum mixes all entries.
     Where losses may overflow wrap the optimizer in ``optax.apply_if_finite``. A finite gradient
     whose square overflows (above 1e19 in float32) only stops what the square is counted in: its
@@ -176,7 +181,9 @@ def scale_by_moma(
         at most; the side is cut into a power of two of them, as equal as can be. All directions of
         a block move alike, as in Muon, whose dense momentum is the low-rank one here; so a gradient
         of a single direction moves a block of b rows by an RMS of :math:`1 / \sqrt b` of the rate,
-        where Adam moves it by 1: early training has such gradients, and toy problems. Of a matrix
+        where Adam moves it by 1: early training has such gradients, and toy problems. Rows of an
+        embedding that never get a gradient do not count; those that get one now and then do, and
+        lend their length to the rows of the step. Of a matrix
         that gets no gradients any more (an expert without tokens) updates keep their size for some
         thirty steps at ``b1 = 0.9``, as in Muon, and fade then. A block of b rows costs about
         :math:`4 b m n + 18 b^2 \min(m, n)` operations for the matrix, where a step of T tokens
@@ -207,8 +214,9 @@ def scale_by_moma(
       learning_rate: The rate (or schedule) by which the chain multiplies these updates later on. It
         weighs the steps in ``saliency`` and touches nothing else; 1, for want of it, weighs a
         constant rate's steps rightly up to that factor.
-      mu_dtype: Type of U, s, V and mu: bfloat16, float16, float32 or float64. None: the gradient's,
-        but at least float32.
+      mu_dtype: Type of U, s, V and mu: bfloat16, float32 or float64. None: the gradient's, but at
+        least float32. (In float16 the mu of small gradients would be 0, and of large ones
+        infinite.)
       nu_dtype: Type of R, C, nu and the saliency, float32 or float64: in half a type, a moving
         average with b2 = 0.999 stands still. None: the gradient's, but at least float32.
       seed: Seed of the random directions where the subspace starts to look.
@@ -288,7 +296,7 @@ def scale_by_moma(
             " orthogonal_block_size=None with it, or leave it out."
         )
     check_not_negative("clip_spectral", clip_spectral)
-    _check_dtype("mu_dtype", mu_dtype, jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16)
+    _check_dtype("mu_dtype", mu_dtype, jnp.float64, jnp.float32, jnp.bfloat16)
     _check_dtype("nu_dtype", nu_dtype, jnp.float64, jnp.float32)
 
     def init_leaf(name: str, leaf: Any, layout: Layout | None) -> _Matrix | _Dense | None:
@@ -395,8 +403,11 @@ def _matrix_step(
     if block_size is not None:
         K = transposed(factors.V) * lengths[..., None] - B
         step = contract("mr,rn->mn", factors.U, K) + high * G * q
-        size = jnp.minimum(1, hyper.clip_rms).astype(wide) * max(m, n) ** 0.5
-        step = orthogonal_factor(step, block_size, size)
+        # Rows of an embedding that no gradient ever reached do not move, and lend others no length.
+        reached = jnp.sum((C if m <= n else R) > 0, axis=-1, dtype=wide)[..., None, None]
+        reached = jnp.maximum(reached, 1)
+        size = jnp.minimum(1, hyper.clip_rms) * jnp.sqrt(reached)
+        step = orthogonal_factor(step, block_size, size, reached)
         rows, cols = moments.row_sums(G * step), moments.col_sums(unshared(G) * step)
     else:
         lengths = jnp.minimum(lengths, hyper.clip_spectral * max(m, n) ** 0.5)
@@ -405,7 +416,7 @@ def _matrix_step(
         total = _norm(unshared(high) * G * unshared(q))
         outside = jnp.sqrt(jnp.maximum(total**2 - _norm(B) ** 2, 0))
         norm = jnp.hypot(jnp.linalg.norm(lengths, axis=-1)[..., None, None], outside)
-        rms = jnp.sqrt(jnp.square(norm) / (m * n))
+        rms = norm / (m * n) ** 0.5
         clip = jnp.minimum(1, hyper.clip_rms / divisor(rms))
         K, high = clip * K, clip * high
         step = contract("mr,rn->mn", factors.U, K) + high * G * q
@@ -497,8 +508,9 @@ def moma(
         W &\leftarrow W - \eta (\Delta + \lambda W)
 
     State of a matrix: ``(rank + 2) (m + n) + rank`` numbers, saliency included; AdamW holds
-    ``2 m n``. All other leaves get Adam's moments. Learning rates are those of AdamW, or twice
-    these.
+    ``2 m n``. All other leaves get Adam's moments. The best learning rates were two to eight times
+    AdamW's in pretraining (``experiments/pretrain``). For fine-tuning take
+    ``orthogonal_block_size=None``, at AdamW's own (``experiments/glue``).
 
     Args:
       learning_rate: A number or a schedule.

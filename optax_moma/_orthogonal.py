@@ -36,11 +36,16 @@ change the result by one to three percent, by fifteen where a single direction i
 the others, and no value leaves its range; the polynomials of the Gram would not bear it."""
 
 
-def orthogonal_factor(X: jax.Array, block_size: int, size: Any = 1.0) -> jax.Array:
+def orthogonal_factor(
+    X: jax.Array, block_size: int, size: Any = 1.0, least: Any = None
+) -> jax.Array:
     """Each block of each matrix of X (*batch, m, n) with its singular values moved to about size.
 
     The shorter side is cut into blocks of at most ``block_size`` rows (or columns): a power of two
     of them, as the devices of a mesh are. Rows, columns and blocks that are null stay so.
+
+    ``size`` and ``least``, the n under alpha's root, are numbers or arrays (*batch, 1, 1); None for
+    the longer side.
     """
     side = -2 if X.shape[-2] <= X.shape[-1] else -1
     count = 1
@@ -49,11 +54,13 @@ def orthogonal_factor(X: jax.Array, block_size: int, size: Any = 1.0) -> jax.Arr
     blocks = _split(X, side, count)
     # The wide matrix by rows, the tall one by columns: neither is transposed.
     gram, apply = ("rn,sn->rs", "rs,sn->rn") if side == -2 else ("mr,ms->rs", "rs,ms->mr")
-    inverse = _inverse_root(contract(gram, blocks, blocks, _ROUGH), least=max(X.shape[-2:]))
+    least = max(X.shape[-2:]) if least is None else least
+    size, least = (x[..., None, :, :] if jnp.ndim(x) else x for x in (size, least))
+    inverse = _inverse_root(contract(gram, blocks, blocks, _ROUGH), least)
     return _joined(contract(apply, size * inverse, blocks, _ROUGH), side, X)
 
 
-def _inverse_root(gram: jax.Array, least: int) -> jax.Array:
+def _inverse_root(gram: jax.Array, least: Any) -> jax.Array:
     """Z of the iterations above over alpha, which is at least sqrt(least): about gram^(-1/2)."""
     product = lambda x, y: contract("rs,st->rt", x, y)  # noqa: E731
     size = jnp.maximum(jnp.max(jnp.abs(gram), axis=(-2, -1), keepdims=True), least)

@@ -8,6 +8,7 @@ import jax
 import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ._checks import listing
 from ._curvature import sources
 from ._tree import is_none, path_name, unboxed
 
@@ -50,9 +51,8 @@ def state_size(tx: optax.GradientTransformation, params: Any) -> StateSize:
       >>> size.by_field["U"], size.matrices
       (196608, {'query': (768, 768), 'up': (768, 3072)})
     """
-    params = unboxed(params)
     state = jax.eval_shape(tx.init, params)
-    param_paths = {path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]}
+    param_paths = _paths(params)
     fields: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
         field = _field(path, param_paths)
@@ -64,6 +64,15 @@ def state_size(tx: optax.GradientTransformation, params: Any) -> StateSize:
         for name, R in tables.get("R", {}).items()
     }
     return StateSize(sum(fields.values()), by_size, matrices)
+
+
+def _paths(params: Any) -> dict[tuple[Any, ...], int]:
+    """Each leaf's place, by its path with Flax's boxes and without: optimizers keep either."""
+    flat = [
+        jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_none)[0]
+        for tree in (params, unboxed(params))
+    ]
+    return {path: i for leaves in flat for i, (path, _) in enumerate(leaves)}
 
 
 def _field(path: tuple[Any, ...], param_paths: Collection[tuple[Any, ...]]) -> str:
@@ -104,7 +113,8 @@ def state_partition_specs(
     Args:
       tx: An optimizer.
       params: A tree of arrays or of ``jax.ShapeDtypeStruct``.
-      param_specs: A tree like ``params`` of ``PartitionSpec``, or None for a replicated leaf.
+      param_specs: A tree like ``params`` of ``PartitionSpec`` or ``NamedSharding``, or None for a
+        replicated leaf.
       spread_over: None; or a mesh, of which only the sizes are read. Then every array also lies
         over those mesh axes of its parameter along which it would be copied, as far as its sizes
         divide: U above as P((row, col), None). So a state waits from one step to the next at its
@@ -116,8 +126,8 @@ def state_partition_specs(
       A tree like ``tx.init(params)`` of ``PartitionSpec``.
 
     Raises:
-      ValueError: ``param_specs`` is not a tree like ``params``, or a spec has more axes than its
-        leaf.
+      ValueError: ``param_specs`` is not a tree like ``params``, a spec has more axes than its leaf,
+        or one that ``spread_over`` lacks.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax_moma as om
@@ -133,21 +143,26 @@ def state_partition_specs(
       >>> tuple(specs[0].U["kernel"]), tuple(specs[0].C["kernel"])
       ((('fsdp', 'tensor'), None), (('tensor', 'fsdp'),))
     """
-    params = unboxed(params)
-    flat, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_none)
-    is_spec = lambda x: x is None or isinstance(x, PartitionSpec)  # noqa: E731
+    flat, treedef = jax.tree_util.tree_flatten_with_path(unboxed(params), is_leaf=is_none)
+    is_spec = lambda x: x is None or isinstance(x, PartitionSpec | NamedSharding)  # noqa: E731
     specs, spec_def = jax.tree.flatten(unboxed(param_specs), is_leaf=is_spec)
     if spec_def != treedef:
         raise ValueError(
             "param_specs must be a tree like params, with a PartitionSpec (or None) at every leaf:"
             f" it has structure {spec_def}, params have {treedef}."
         )
-    specs = [spec or PartitionSpec() for spec in specs]
+    specs = [x.spec if isinstance(x, NamedSharding) else x or PartitionSpec() for x in specs]
     for (path, leaf), spec in zip(flat, specs, strict=True):
         if leaf is not None and len(spec) > len(leaf.shape):
             raise ValueError(
                 f"the spec of leaf {path_name(path)!r}, {spec}, has more axes than its shape"
                 f" {leaf.shape}."
+            )
+        unknown = {*_axis_names(spec)} - {*spread_over.shape} if spread_over else None
+        if unknown:
+            raise ValueError(
+                f"the spec of leaf {path_name(path)!r}, {spec}, names {listing(sorted(unknown))},"
+                f" which the mesh spread_over, {spread_over}, does not have."
             )
     # A mesh of one device per axis: every shape divides, and only the names matter.
     axes = sorted({axis for spec in specs for axis in _axis_names(spec)}) or ["unused"]
@@ -161,11 +176,12 @@ def state_partition_specs(
     # The empty mesh first: a mesh that is in use outside may have axes of other sizes.
     none = AbstractMesh((), ())
     with jax.sharding.use_abstract_mesh(none), jax.sharding.use_abstract_mesh(mesh):
-        state = jax.eval_shape(tx.init, treedef.unflatten(abstract))
+        boxed = jax.tree.structure(params, is_leaf=is_none).unflatten(abstract)
+        state = jax.eval_shape(tx.init, boxed)
     state_specs = jax.tree.map(lambda x: x.sharding.spec if x.sharding else PartitionSpec(), state)
     if spread_over is None:
         return state_specs
-    axes_of = {path: _axis_names(spec) for (path, _), spec in zip(flat, specs, strict=True)}
+    axes_of = {path: _axis_names(specs[i]) for path, i in _paths(params).items()}
 
     def spread(path: tuple[Any, ...], x: Any, spec: PartitionSpec) -> PartitionSpec:
         start = _start_of_parameter(path, axes_of)

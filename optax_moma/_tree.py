@@ -32,8 +32,8 @@ def unboxed(tree: Any) -> Any:
 
 
 def _content(box: Any) -> Any:
-    leaves = jax.tree.leaves(box)
-    return leaves[0] if leaves else None
+    leaves = jax.tree.leaves(box, is_leaf=is_none)
+    return leaves[0] if leaves else optax.MaskedNode()  # another optimizer's leaf
 
 
 def is_none(x: Any) -> bool:
@@ -98,7 +98,7 @@ def name_hash(name: str) -> int:
 
 def at_least_float32(dtype: DTypeLike) -> Any:
     """The type in which a leaf of this type is computed with, and its state kept."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.promote_types(jax.dtypes.canonicalize_dtype(dtype), jnp.float32)
 
 
 def wide(x: Any) -> jax.Array:

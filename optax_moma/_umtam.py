@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from . import _moments as moments
 from ._checks import Scalar, check_decay, check_integer, check_not_negative, check_width
-from ._matrix import Layout, divisor, paper_layout, reshard, sharding_of
+from ._matrix import Layout, contract, divisor, paper_layout, reshard, sharding_of
 from ._tree import at_least_float32, is_none, name_hash, named_leaves, to_entries, to_trees, unboxed
 
 
@@ -184,14 +184,14 @@ def scale_by_umtam(
         W = W * (1 - rate * weight_decay)
         norm, W_norm = jnp.linalg.norm(G), jnp.linalg.norm(W)
         G = G * jnp.minimum(1, grad_clip / divisor(norm))
-        M = b1 * (U * s) @ V.T + (1 - b1) * G + gamma * E
+        M = b1 * contract("mr,nr->mn", U * s[None], V) + (1 - b1) * G + gamma * E
         u, d, vt = jnp.linalg.svd(M, full_matrices=False)
         r = s.shape[0]
         # Beyond the numerical rank singular vectors are rounding noise: none are kept, nor is the
         # error that would be made of them.
         found = d > 10 * jnp.finfo(wide).eps * d[0]
         U, s, V = u[:, :r] * found[:r], d[:r] * found[:r], vt[:r].T * found[:r]
-        low = (U * s) @ V.T
+        low = contract("mr,nr->mn", U * s[None], V)
         E = jnp.where(jnp.any(found[r:]), M - low, 0)
         R = moments.ema(R, moments.row_sums(jnp.square(G)), b2)
         C = moments.ema(C, moments.col_sums(jnp.square(G)), b2)

@@ -306,9 +306,10 @@ def test_optimizers_with_the_second_moment_of_adam(tx):
     [
         (optax.adabelief(1e-3, b2=B2), "ScaleByBeliefState"),
         (optax.novograd(1e-3, b2=B2), "ScaleByNovogradState"),
+        (optax.contrib.galore(1e-3, rank=2), "GaLoreState"),
         (optax.rmsprop(1e-3, decay=B2), "ScaleByRmsState"),
     ],
-    ids=["adabelief", "novograd", "rmsprop without count"],
+    ids=["adabelief", "novograd", "galore", "rmsprop without count"],
 )
 def test_other_moments_under_its_names_are_refused(tx, name):
     with pytest.raises(ValueError, match=rf"no curvature found in opt_state.*{name}"):

@@ -102,6 +102,16 @@ def test_more_columns_than_a_block_with_dependent_ones(r):
         assert np.linalg.norm(unit - Q @ (Q.T @ unit), axis=0).max() < 2e-3  # sqrt(r eps)
 
 
+@pytest.mark.parametrize("r", [3, 4, 8])
+def test_a_tall_matrix_of_low_rank_has_a_basis(r):
+    """The Gram of a million rows is off by far more than r eps: no factor of it may be NaN."""
+    for seed in range(4):
+        Y = gaussian(1_000_000, 2, seed=seed) @ gaussian(2, r, seed=9 + seed)
+        Q = np.asarray(orthonormalize(jnp.asarray(Y, jnp.float32)), np.float64)
+        assert projection_error(Q) < 1e-5
+        assert rank(Q) == 2
+
+
 def test_order_is_that_of_gram_schmidt():
     Q, exact = np.asarray(orthonormalize(jnp.asarray(Y, jnp.float32))), np.linalg.qr(Y)[0]
     np.testing.assert_allclose(Q * np.sign(np.sum(Q * exact, 0)), exact, atol=1e-5)

@@ -517,6 +517,7 @@ BAD = [
     ({"b2": np.float16(0.999)}, TypeError, "b2"),
     ({"eps": jnp.float16(1e-8)}, TypeError, "eps"),
     ({"mu_dtype": jnp.int16}, ValueError, "mu_dtype"),
+    ({"mu_dtype": jnp.float16}, ValueError, "mu_dtype"),
     ({"mu_dtype": "no type"}, ValueError, "mu_dtype"),
 ]
 
@@ -539,6 +540,22 @@ def test_the_decay_of_weights_is_checked(alias):
 @pytest.mark.parametrize("rank", [np.int64(2), 2])
 def test_numpy_integers_are_integers(rank):
     assert om.scale_by_moma(rank, **SMALL).init(jnp.ones((4, 5))).U.shape == (4, 2)
+
+
+@pytest.mark.parametrize("block_size", [128, None])
+def test_a_matrix_may_have_more_entries_than_an_int32_counts(block_size):
+    leaf = jax.ShapeDtypeStruct((2**18, 2**13), jnp.float32)
+    tx = om.scale_by_moma(orthogonal_block_size=block_size)
+    step, _ = jax.eval_shape(tx.update, leaf, jax.eval_shape(tx.init, leaf))
+    assert (step.shape, step.dtype) == (leaf.shape, leaf.dtype)
+
+
+def test_arrays_of_numpy_are_in_the_precision_of_jax():
+    """In float64, which is NumPy's habit, without a warning."""
+    wide, narrow = np.float64(draws(6, 8)[0]), draws(6, 8)[0]
+    (step,), state = run(RANK_3, [wide])
+    assert {x.dtype for x in (step, state.U, state.R)} == {jnp.dtype(jnp.float32)}
+    np.testing.assert_array_equal(step, run(RANK_3, [narrow])[0][0])
 
 
 def test_a_traced_rank_says_what_to_do():

@@ -169,6 +169,23 @@ def test_clip_rms_is_the_size_of_an_update_up_to_one(clip_rms):
     np.testing.assert_allclose(step["w"], min(1, clip_rms) * one["w"], rtol=1e-6)
 
 
+def test_rows_that_no_gradient_reached_do_not_count():
+    """An embedding is updated as if it were its used rows alone; each matrix of a stack by its."""
+    used = gaussian(3, 12, 10)
+    tx = om.scale_by_moma(3, min_dim_size_to_factor=2)
+    alone, _ = run(tx, list(used))
+    among, _ = run(tx, list(np.pad(used, [(0, 0), (4, 20), (0, 0)])))
+    for a, b in zip(among, alone, strict=True):
+        np.testing.assert_allclose(a[4:16], b, atol=1e-4)
+        assert not np.any(a[:4]) and not np.any(a[16:])
+    stack = gaussian(3, 2, 24, 10)
+    stack[:, 1, 12:] = 0
+    steps, _ = run(tx, list(stack))
+    for step in steps:
+        sizes = [np.sqrt(np.mean(x**2)) for x in (step[0], step[1, :12])]
+        assert 0.7 < min(sizes) and max(sizes) < 1.2
+
+
 def test_updates_fade_when_gradients_cease():
     """As the momentum does, but for the time that the orthogonal factor makes up for it."""
     nothing = jax.tree.map(np.zeros_like, GRADIENTS[0])

@@ -363,6 +363,19 @@ def test_specs_that_do_not_fit(specs, words):
     assert words in str(raised.value)
 
 
+def test_specs_of_shardings():
+    """As parameters at hand have them; the mesh to spread over must know their axes."""
+    mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"))
+    shardings = {name: jax.sharding.NamedSharding(mesh, spec) for name, spec in SPECS.items()}
+    assert_specs(
+        om.state_partition_specs(moma(), SHAPES, shardings),
+        om.state_partition_specs(moma(), SHAPES, SPECS),
+    )
+    other = jax.sharding.AbstractMesh((2,), ("fsdp",))
+    with pytest.raises(ValueError, match=r"'bias'.*names 'tensor', which the mesh"):
+        om.state_partition_specs(moma(), SHAPES, SPECS, spread_over=other)
+
+
 def test_specs_hold_for_the_arrays():
     """What is predicted is where `init` puts the state on a mesh of eight devices."""
     mesh = jax.make_mesh(

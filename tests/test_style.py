@@ -103,6 +103,14 @@ def public_names() -> dict[str, Any]:
 PUBLIC_NAMES = public_names()
 
 
+@pytest.mark.parametrize("name", PUBLIC_MODULES)
+def test_help_lists_what_a_package_offers(name):
+    module = importlib.import_module(name)
+    offered = {key.rpartition(".")[2] for key in PUBLIC_NAMES if key.rpartition(".")[0] == name}
+    assert offered <= set(getattr(module, "__all__", offered))
+    assert hasattr(module, "__all__") or not hasattr(module, "__path__")
+
+
 def section(doc: str, title: str) -> str:
     """The text of one section of a Google-style docstring; empty if there is none."""
     match = re.search(rf"^{title}:\n((?:[ \t]+.*\n|\n)+)", doc + "\n", re.MULTILINE)

@@ -115,7 +115,8 @@ def shapes(rows: list[Row], results: Path) -> str:
               "best branch"]  # fmt: skip
     note = (
         "Gains and scores in points (% right) ± standard error over pairs. 'Inverted U': the peak"
-        " is above both ends by more than two standard errors; 'rises': above the low end only."
+        " is above both ends by more than two standard errors; 'rises': above the low end only;"
+        " 'falls': above the high end only; 'flat': above neither."
     )
     return f"{table(header, lines)}\n\n{note}"
 

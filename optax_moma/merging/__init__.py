@@ -1,71 +1,122 @@
 """Model merging: methods as chains of small steps, and one pure function that applies them."""
 
-from optax_moma.merging import fusion_bench as fusion_bench
-from optax_moma.merging import mergekit as mergekit
-from optax_moma.merging import peft as peft
-from optax_moma.merging._adamerging import AdaMerged as AdaMerged
-from optax_moma.merging._adamerging import adamerging as adamerging
-from optax_moma.merging._adamerging import entropy as entropy
-from optax_moma.merging._contract import Contract as Contract
-from optax_moma.merging._contract import Step as Step
-from optax_moma.merging._data_fisher import diagonal_fisher as diagonal_fisher
-from optax_moma.merging._diagonal import average as average
-from optax_moma.merging._diagonal import curvature_ties as curvature_ties
-from optax_moma.merging._diagonal import dare as dare
-from optax_moma.merging._diagonal import fisher as fisher
-from optax_moma.merging._diagonal import ota as ota
-from optax_moma.merging._diagonal import task_arithmetic as task_arithmetic
-from optax_moma.merging._diagonal import ties as ties
-from optax_moma.merging._diagonal import umtam as umtam
-from optax_moma.merging._geometric import karcher as karcher
-from optax_moma.merging._geometric import model_stock as model_stock
-from optax_moma.merging._geometric import multislerp as multislerp
-from optax_moma.merging._geometric import slerp as slerp
-from optax_moma.merging._gram import ace as ace
-from optax_moma.merging._gram import doge as doge
-from optax_moma.merging._gram import regmean as regmean
-from optax_moma.merging._gram import wudi as wudi
-from optax_moma.merging._gram import wudi_adam as wudi_adam
-from optax_moma.merging._input_grams import input_grams as input_grams
-from optax_moma.merging._inputs import MergeError as MergeError
-from optax_moma.merging._leaf import TaskVectors as TaskVectors
-from optax_moma.merging._masked import MaskedExperts as MaskedExperts
-from optax_moma.merging._masked import emr as emr
-from optax_moma.merging._masked import masked_expert as masked_expert
-from optax_moma.merging._masked import tall_masks as tall_masks
-from optax_moma.merging._masks import band as band
-from optax_moma.merging._masks import breadcrumbs as breadcrumbs
-from optax_moma.merging._masks import compete as compete
-from optax_moma.merging._masks import consensus as consensus
-from optax_moma.merging._masks import della as della
-from optax_moma.merging._masks import drop_by_magnitude as drop_by_magnitude
-from optax_moma.merging._masks import energy as energy
-from optax_moma.merging._masks import largest as largest
-from optax_moma.merging._masks import magmax as magmax
-from optax_moma.merging._masks import match_norm as match_norm
-from optax_moma.merging._masks import pcb as pcb
-from optax_moma.merging._masks import sce as sce
-from optax_moma.merging._masks import select as select
-from optax_moma.merging._merge import merge as merge
-from optax_moma.merging._moma import moma as moma
-from optax_moma.merging._norm_aware import norm_aware as norm_aware
-from optax_moma.merging._search import Search as Search
-from optax_moma.merging._search import df_merge as df_merge
-from optax_moma.merging._search import search as search
-from optax_moma.merging._sequential import Sequential as Sequential
-from optax_moma.merging._sequential import opcm as opcm
-from optax_moma.merging._sequential import perturb_and_merge as perturb_and_merge
-from optax_moma.merging._sequential import running_mean as running_mean
-from optax_moma.merging._sequential import running_moma as running_moma
-from optax_moma.merging._spectral import iso_c as iso_c
-from optax_moma.merging._spectral import iso_cts as iso_cts
-from optax_moma.merging._spectral import knots as knots
-from optax_moma.merging._spectral import tsv_m as tsv_m
-from optax_moma.merging._steps import chain as chain
-from optax_moma.merging._steps import drop as drop
-from optax_moma.merging._steps import elect as elect
-from optax_moma.merging._steps import mean as mean
-from optax_moma.merging._steps import scale as scale
-from optax_moma.merging._steps import total as total
-from optax_moma.merging._steps import trim as trim
-from optax_moma.merging._steps import weigh as weigh
+from optax_moma.merging import fusion_bench, mergekit, peft
+from optax_moma.merging._adamerging import AdaMerged, adamerging, entropy
+from optax_moma.merging._contract import Contract, Step
+from optax_moma.merging._data_fisher import diagonal_fisher
+from optax_moma.merging._diagonal import (
+    average,
+    curvature_ties,
+    dare,
+    fisher,
+    ota,
+    task_arithmetic,
+    ties,
+    umtam,
+)
+from optax_moma.merging._geometric import karcher, model_stock, multislerp, slerp
+from optax_moma.merging._gram import ace, doge, regmean, wudi, wudi_adam
+from optax_moma.merging._input_grams import input_grams
+from optax_moma.merging._inputs import MergeError
+from optax_moma.merging._leaf import TaskVectors
+from optax_moma.merging._masked import MaskedExperts, emr, masked_expert, tall_masks
+from optax_moma.merging._masks import (
+    band,
+    breadcrumbs,
+    compete,
+    consensus,
+    della,
+    drop_by_magnitude,
+    energy,
+    largest,
+    magmax,
+    match_norm,
+    pcb,
+    sce,
+    select,
+)
+from optax_moma.merging._merge import merge
+from optax_moma.merging._moma import moma
+from optax_moma.merging._norm_aware import norm_aware
+from optax_moma.merging._search import Search, df_merge, search
+from optax_moma.merging._sequential import (
+    Sequential,
+    opcm,
+    perturb_and_merge,
+    running_mean,
+    running_moma,
+)
+from optax_moma.merging._spectral import iso_c, iso_cts, knots, tsv_m
+from optax_moma.merging._steps import chain, drop, elect, mean, scale, total, trim, weigh
+
+__all__ = [
+    "AdaMerged",
+    "Contract",
+    "MaskedExperts",
+    "MergeError",
+    "Search",
+    "Sequential",
+    "Step",
+    "TaskVectors",
+    "ace",
+    "adamerging",
+    "average",
+    "band",
+    "breadcrumbs",
+    "chain",
+    "compete",
+    "consensus",
+    "curvature_ties",
+    "dare",
+    "della",
+    "df_merge",
+    "diagonal_fisher",
+    "doge",
+    "drop",
+    "drop_by_magnitude",
+    "elect",
+    "emr",
+    "energy",
+    "entropy",
+    "fisher",
+    "fusion_bench",
+    "input_grams",
+    "iso_c",
+    "iso_cts",
+    "karcher",
+    "knots",
+    "largest",
+    "magmax",
+    "masked_expert",
+    "match_norm",
+    "mean",
+    "merge",
+    "mergekit",
+    "model_stock",
+    "moma",
+    "multislerp",
+    "norm_aware",
+    "opcm",
+    "ota",
+    "pcb",
+    "peft",
+    "perturb_and_merge",
+    "regmean",
+    "running_mean",
+    "running_moma",
+    "scale",
+    "sce",
+    "search",
+    "select",
+    "slerp",
+    "tall_masks",
+    "task_arithmetic",
+    "ties",
+    "total",
+    "trim",
+    "tsv_m",
+    "umtam",
+    "weigh",
+    "wudi",
+    "wudi_adam",
+]

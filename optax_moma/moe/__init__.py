@@ -21,14 +21,28 @@ Needs Flax: ``pip install "optax-moma[flax]"``, then ``import optax_moma.moe``. 
 sharded on a mesh of automatic axes (``AxisType.Auto``); with explicit ones the metric does not run.
 """
 
-from optax_moma.moe._layers import Dense as Dense
-from optax_moma.moe._layers import ExpertWeights as ExpertWeights
-from optax_moma.moe._layers import MergedLinear as MergedLinear
-from optax_moma.moe._layers import MergedMLP as MergedMLP
-from optax_moma.moe._layers import SparseMLP as SparseMLP
-from optax_moma.moe._layers import fold as fold
-from optax_moma.moe._layers import upcycle as upcycle
-from optax_moma.moe._metric import KroneckerMetric as KroneckerMetric
-from optax_moma.moe._metric import metric_from_curvature as metric_from_curvature
-from optax_moma.moe._router import Router as Router
-from optax_moma.moe._router import Routing as Routing
+from optax_moma.moe._layers import (
+    Dense,
+    ExpertWeights,
+    MergedLinear,
+    MergedMLP,
+    SparseMLP,
+    fold,
+    upcycle,
+)
+from optax_moma.moe._metric import KroneckerMetric, metric_from_curvature
+from optax_moma.moe._router import Router, Routing
+
+__all__ = [
+    "Dense",
+    "ExpertWeights",
+    "KroneckerMetric",
+    "MergedLinear",
+    "MergedMLP",
+    "Router",
+    "Routing",
+    "SparseMLP",
+    "fold",
+    "metric_from_curvature",
+    "upcycle",
+]

@@ -83,6 +83,27 @@ def test_curvature_from_an_nnx_optimizer():
         np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
+def test_partition_over_an_nnx_state():
+    """Kernels by ours, biases by another; sizes and specs are read off the same tree."""
+    params = nnx.state(MLP(nnx.Rngs(0), annotated=False), nnx.Param)
+    by_kind = lambda kernel, other: jax.tree.map(lambda p: kernel if p.ndim == 2 else other, params)
+    tx = optax.partition({"ours": optimizer(), "sgd": optax.sgd(1.0)}, by_kind("ours", "sgd"))
+    grads = jax.tree.map(jnp.cos, params)
+    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    expected, _ = jax.jit(optimizer().update)(grads, optimizer().init(params), params)
+    for g, found, ours in zip(*map(jax.tree.leaves, (grads, updates, expected)), strict=True):
+        np.testing.assert_allclose(found, ours if g.ndim == 2 else -g, rtol=1e-5, atol=1e-6)
+    weight = sum(x.nbytes for x in jax.tree.leaves(state))
+    assert om.state_size(tx, params).total_bytes == weight
+    mesh = jax.sharding.AbstractMesh((2, 4), ("fsdp", "tensor"))
+    for inner in (tx, optax.MultiSteps(optimizer(), 2), optax.adam(1e-3)):
+        specs = om.state_partition_specs(
+            inner, params, by_kind(P("fsdp", None), P()), spread_over=mesh
+        )
+        is_spec = lambda x: isinstance(x, P)
+        assert jax.tree.structure(specs, is_leaf=is_spec) == jax.tree.structure(inner.init(params))
+
+
 def test_linen_params_in_their_boxes():
     """`nn.with_partitioning` boxes a kernel; the boxed tree trains as the unboxed one does."""
 
