@@ -137,7 +137,8 @@ def open_checkpoint(path: Path, item: str | None = None, step: Step = None) -> C
             return Checkpoint(path, None, tree, places, notes, number)
         tree = _orbax.metadata(path, item)
     except (ValueError, OSError, RuntimeError) as error:
-        raise ValueError(f"{path} cannot be read: {_first_line(error)}") from error
+        said = _no_checkpoint(path) or f"cannot be read: {_first_line(error)}"
+        raise ValueError(f"{path} {said}") from error
     names, _ = named_leaves(tree)
     if len(set(names)) < len(names):
         raise ValueError(f"{path} has two leaves with one path, as a key contains a slash")
@@ -600,6 +601,32 @@ def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 def _slashed(name: str) -> str:
     return name.replace(".", "/")
+
+
+def _no_checkpoint(path: Path) -> str | None:
+    """Returns what to say of a path with no mark of a checkpoint; None if it has one."""
+    children = sorted(path.iterdir()) if path.is_dir() else [path]
+    # Orbax opens the items of a checkpoint also where it left no mark above them.
+    if _is_one(path) or any((child / "_METADATA").exists() for child in children):
+        return None
+    torch = [child.name for child in children if child.suffix in (".bin", ".pt", ".pth")]
+    convert = "convert it with save_pretrained(safe_serialization=True)"
+    if path.is_file():
+        return "is no Orbax checkpoint and no safetensors" + (f"; {convert}" if torch else "")
+    inside = [child.name for child in children if _is_one(child)]
+    holds = "it is empty"
+    if torch:
+        holds = f"it holds {', '.join(torch)}: {convert}"
+    elif inside:
+        holds = f"it holds the folders {', '.join(inside)}: name one"
+    elif children:
+        holds = f"it holds {', '.join(child.name for child in children[:10])}"
+    return f"is no Orbax checkpoint and has no *.safetensors; {holds}"
+
+
+def _is_one(path: Path) -> bool:
+    """Whether a path has the marks of a checkpoint."""
+    return _orbax.is_checkpoint(path) or _safetensors.found(path)
 
 
 def _siblings_like(path: Path) -> Path | None:

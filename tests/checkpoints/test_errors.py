@@ -273,10 +273,36 @@ def test_paths(world, tmp_path):
     recipe = world.recipe("average")
     recipe["experts"]["math"]["path"] = str(world.folder / "maths")
     recipe["base"] = str(world.folder)
-    refused(recipe, tmp_path, "does not exist; there is", "the base:", "cannot be read")
+    inside = "it holds the folders base, code, math: name one"
+    refused(recipe, tmp_path, "does not exist; there is", "the base:", inside)
     recipe = world.recipe("average")
     recipe["experts"]["math"]["params"] = "parms"
     refused(recipe, tmp_path, "there is no 'parms'", "did you mean 'params'?")
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ([], "math is no Orbax checkpoint and has no *.safetensors; it is empty"),
+        (
+            ["config.json", "pytorch_model.bin"],
+            "it holds pytorch_model.bin: convert it with save_pretrained(safe_serialization=True)",
+        ),
+        (["one/x", "other/y", "z"], "math is no Orbax checkpoint and has no *.safetensors"),
+        (["one/x.safetensors", "other/y"], "it holds the folders one: name one"),
+    ],
+)
+def test_folders_that_are_no_checkpoints(world, tmp_path, files, said):
+    (tmp_path / "math").mkdir()
+    for file in files:
+        (tmp_path / "math" / file).parent.mkdir(exist_ok=True)
+        (tmp_path / "math" / file).touch()
+    recipe = world.recipe("average")
+    recipe["experts"]["math"]["path"] = str(tmp_path / "math")
+    refused(recipe, tmp_path, said)
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(ValueError, match=r"model\.gguf is no Orbax checkpoint and no safetensors"):
+        checkpoints.inspect(tmp_path / "model.gguf")
 
 
 # Orbax gives up at the first array that it cannot read. TensorStore's threads then report the
