@@ -3,7 +3,7 @@
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -176,6 +176,7 @@ def open_job(recipe: Recipe) -> Job:
     job.problems += [p for p in dict.fromkeys(problems) if p not in job.problems]
     if not job.problems:
         _check_base(job)
+        _check_copied(job)
         _check_ages(job)
     return job
 
@@ -521,6 +522,55 @@ def _check_base(job: Job) -> None:
         job.problems.append(what + "; name the right base:, or check_base: false if you are sure")
     elif np.isfinite(_cosine(first, base)):
         job.warnings.append(what)
+
+
+# Buffers of more entries are compared when they are copied.
+_FEW_ENTRIES = 10_000
+
+
+def _check_copied(job: Job) -> None:
+    """Reads small leaves that are copied, as they are not floating point: are they all alike?"""
+    leaves = job.reference.leaves
+    names = [
+        name
+        for part in job.parts
+        for name in part.names
+        if part.method is not None
+        and not is_float(leaves[name])
+        and math.prod(leaves[name].shape) <= _FEW_ENTRIES
+    ]
+    arrays = {}
+    for label, model in job.models.items():
+        try:
+            read = model.checkpoint.read([model.stored[name] for name in names])
+        except ValueError as error:
+            job.problems.append(f"{model.label}: {error}")
+            return
+        arrays[label] = {name: read[model.stored[name]] for name in names}
+    job.problems += unequal_copies(job, arrays)
+
+
+def unequal_copies(job: Job, arrays: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
+    """Returns what to say of leaves that can only be copied, but are not the same in all models.
+
+    Args:
+      job: The job.
+      arrays: The leaves by model and path; a base comes first.
+    """
+    (first, wanted), *others = arrays.items()
+    # Buffers of one name are many in a model of many layers, and have one remedy.
+    alike: dict[tuple[str, str], list[str]] = {}
+    for label, found in others:
+        for name, x in found.items():
+            if not np.array_equal(x, wanted[name]):
+                alike.setdefault((label, name.rsplit("/", 1)[-1]), []).append(name)
+    return [
+        f"{job.models[label].label}, {_listed(names, 3)}: other values than in "
+        f"{job.models[first].label}; what is not floating point is copied, so name the model that "
+        f'has the right ones with a rule {{match: "{f"**/{last}" if names[1:] else names[0]}", '
+        f"keep: {first}}}, or leave it out with ignore:"
+        for (label, last), names in alike.items()
+    ]
 
 
 # Fewer gradients than these make a noisy estimate.

@@ -94,7 +94,8 @@ def plan(
     """Finds out what a merge would do, and everything that is wrong, from metadata.
 
     Of the arrays themselves it keeps a few megabytes at most: of a base and the experts a matrix,
-    or the start of one, to see whether the experts were fine-tuned from that base.
+    or the start of one, to see whether the experts were fine-tuned from that base; and of small
+    leaves of integers, to see whether they are the same in all.
 
     Args:
       recipe: A ``Recipe``, the same as a dict, or the path of its YAML file.

@@ -122,7 +122,9 @@ def test_plan_reads_metadata_only(world, monkeypatch):
 
     def read_numbers(*arguments):
         arrays = read(*arguments)
-        assert all(x.shape == () for x in arrays.values()), "plan reads arrays"
+        # The integers, which are copied, must be alike.
+        large = [n for n, x in arrays.items() if x.shape != () and not n.endswith("buckets")]
+        assert not large, "plan reads arrays"
         return arrays
 
     monkeypatch.setattr(_orbax, "read", read_numbers)
