@@ -177,6 +177,7 @@ def open_job(recipe: Recipe) -> Job:
     if not job.problems:
         _check_base(job)
         _check_copied(job)
+        _check_rounding(job)
         _check_ages(job)
     return job
 
@@ -571,6 +572,30 @@ def unequal_copies(job: Job, arrays: Mapping[str, Mapping[str, np.ndarray]]) -> 
         f"keep: {first}}}, or leave it out with ignore:"
         for (label, last), names in alike.items()
     ]
+
+
+def _check_rounding(job: Job) -> None:
+    """Notes experts that are wider than the base, whose dtype the merge is rounded to.
+
+    What fine-tuning changes is often less than the distance of two numbers of bfloat16.
+    """
+    if job.base is None or output_dtype(job.recipe) is not None:
+        return
+    wider: dict[tuple[np.dtype, np.dtype], list[str]] = {}
+    for part in job.parts:
+        for name in part.names if part.method is not None else ():
+            own = job.base.leaves[name].dtype
+            widest = max(
+                (m.leaves[name].dtype for m in job.experts.values()), key=lambda x: x.itemsize
+            )
+            if is_float(job.base.leaves[name]) and widest.itemsize > own.itemsize:
+                wider.setdefault((own, widest), []).append(name)
+    for (own, widest), names in wider.items():
+        job.warnings.append(
+            f"{_listed(list(_globs.collapsed(names)), 3)}: the experts have {widest}, but the "
+            f"merge is rounded to {own} as the base is; output: {{dtype: {widest}}} keeps what the "
+            "experts learned"
+        )
 
 
 # Fewer gradients than these make a noisy estimate.

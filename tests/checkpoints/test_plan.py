@@ -108,6 +108,24 @@ def test_plan_counts(world):
     assert found.passes == 1 and found.peak_bytes > 1e8
 
 
+def test_plan_tells_of_rounding(tmp_path):
+    """Of a base in half precision the merge of wide experts may be the base again."""
+    base = {"w": jnp.full((16, 16), 0.02, jnp.bfloat16), "b": jnp.ones(3)}
+    ocp.save(tmp_path / "base", base)
+    ocp.save(tmp_path / "a", {**base, "w": base["w"].astype(jnp.float32) + 1e-5})
+    recipe = {"base": str(tmp_path / "base"), "experts": {"a": str(tmp_path / "a")}}
+    recipe["method"] = "task_arithmetic"
+    said = "w: the experts have float32, but the merge is rounded to bfloat16 as the base is"
+    (warning,) = checkpoints.plan(recipe).warnings
+    assert warning.startswith(said) and "output: {dtype: float32} keeps" in warning
+    assert checkpoints.merge(recipe, tmp_path / "out").warnings == [warning]
+    assert np.array_equal(checkpoints.load(tmp_path / "out")["w"], base["w"])
+    recipe["output"] = {"dtype": "float32"}
+    assert checkpoints.plan(recipe).warnings == []
+    checkpoints.merge(recipe, tmp_path / "wide")
+    assert np.all(checkpoints.load(tmp_path / "wide")["w"] > np.float32(base["w"]))
+
+
 def test_plan_of_two_passes(world):
     steps = [{"name": "trim", "density": 0.3, "scope": "global"}, "elect", "mean"]
     one, three = checkpoints.plan(world.recipe("ties")), checkpoints.plan(world.recipe(steps))
