@@ -109,12 +109,12 @@ def test_plan(folder):
     found = json.loads(done.stdout)
     assert found["coverage"] == {"a": [1, 1], "b": [1, 1]}
     assert found["rules"] == [
-        {"match": "(no rule)", "action": "moma", "names": ["layers_0/kernel"]}
+        {"match": "(no rule)", "action": "moma: 1 matrix", "names": ["layers_0/kernel"]}
     ]
     assert [model["gradients"] for model in found["models"]] == [None, 20, 20]
     text = run("plan", folder / "recipe.yaml", "--leaves").stdout
     assert "1 leaf of 48 numbers: reads" in text and "The merge can start." in text
-    assert row(text, "(no rule)") == ["(no rule)", "1", "moma"]
+    assert row(text, "(no rule)") == ["(no rule)", "1", "moma: 1 matrix"]
     assert row(text, "a")[-2:] == ["adam 1/1", "20"]
     assert "\n  layers_0/kernel\n" in text
 

@@ -17,6 +17,8 @@ from .. import _globs
 from ..merging import MergeError, Step
 from ..merging._inputs import checked_inputs, checked_weights, is_float
 from ..merging._leaf import promoted
+from ..merging._matrices import EachMatrix, layout_of
+from ..merging._steps import Chain
 from . import _source
 from ._recipe import Recipe, Rule, build_method, key_of, one_sided, output_dtype, valued
 from ._source import Abstract, CurvatureOf, Model
@@ -50,6 +52,12 @@ class Part(NamedTuple):
     weights: dict[str, float]
     names: list[str]
     layers: tuple[Layer, ...] = ()
+
+    @property
+    def each_matrix(self) -> EachMatrix | None:
+        """The step that merges matrices only and averages other leaves, if the method has one."""
+        steps = self.method.steps if isinstance(self.method, Chain) else (self.method,)
+        return next((step for step in steps if isinstance(step, EachMatrix)), None)
 
 
 @dataclass
@@ -109,6 +117,18 @@ class Job:
         """Whether a leaf is merged by its curvature."""
         leaf = self.reference.leaves[name]
         return part.method is not None and part.method.contract.curvature and is_float(leaf)
+
+    def by_matrices(self, part: Part) -> tuple[list[str], list[str]]:
+        """Returns the leaves of a method of matrices that hold such, and those that it averages."""
+        held, averaged, step = [], [], part.each_matrix
+        if step is None or step.axes is None:
+            return held, averaged
+        for name in part.names:
+            leaf = self.reference.leaves[name]
+            if isinstance(leaf, Abstract) and is_float(leaf):
+                shape = leaf.shape[1:] if part.layers else leaf.shape
+                (averaged if layout_of(step.axes, shape) is None else held).append(name)
+        return held, averaged
 
     def stored_bytes(self, part: Part, name: str) -> int:
         """Returns how many bytes are read for a leaf."""
@@ -170,6 +190,7 @@ def open_job(recipe: Recipe) -> Job:
     job.parts = _parts(job, names)
     _compare_structures(job)
     _check_sides(job)
+    _check_axes(job)
     _check_factors(job)
     _open_curvature(job)
     problems = [p for part in job.parts for p in _part_problems(job, part)]
@@ -353,6 +374,29 @@ def _check_sides(job: Job) -> None:
                 "of PyTorch (format: pt), whose linear layers are (fan-out, fan-in); say "
                 f"{method} {instead}",
             )
+
+
+def _check_axes(job: Job) -> None:
+    """Notes leaves that a method of matrices passes by, though by their axes they may hold some."""
+    passed_by: dict[tuple[int | None, bool], list[str]] = {}
+    for part in job.parts:
+        for name in job.by_matrices(part)[1]:
+            shape = job.reference.leaves[name].shape
+            # Of a class token, (1, 1, width), nothing else can be made.
+            if len(shape) > 2 + bool(part.layers) and sum(n > 1 for n in shape) > 1:
+                averaged = part.each_matrix is not None and part.each_matrix.average
+                passed_by.setdefault((part.rule, averaged), []).append(name)
+    for (rule, averaged), names in passed_by.items():
+        globs = _globs.collapsed(names)
+        shapes = {glob: job.reference.leaves[alike[0]].shape for glob, alike in globs.items()}
+        listed = _listed([f"{glob} {shape}" for glob, shape in shapes.items()], 4)
+        job.warnings.append(
+            f"{'the method' if rule is None else f'rule {rule}'} "
+            f"{'averages' if averaged else 'leaves as in the base'} {listed}: by its axes they are "
+            f'no matrices; if they hold some, say so by a rule {{match: "{next(iter(globs))}", '
+            "values: {axes: ...}}, with bmn for stacked layers, mnn for attention's queries, keys "
+            "and values, mmn for its outputs, mmmn for convolutions"
+        )
 
 
 # One matrix in two leaves: what adapters add to it, or what numbers of eight bits stand for.

@@ -90,7 +90,7 @@ def test_plan_counts(world):
     assert [(rule.match, rule.action, len(rule.names)) for rule in found.rules] == [
         ("layers_*/kernel", "copied from math", 3),
         ("**/bias, embedding", "average", 4),
-        ("(no rule)", "moma", 5),
+        ("(no rule)", "moma: 2 matrices, 2 averaged", 5),
     ]
     assert found.rules[1].names == ["embedding", *(f"layers_{i}/bias" for i in range(3))]
     base, code, math_ = found.models
@@ -124,6 +124,31 @@ def test_plan_tells_of_rounding(tmp_path):
     assert checkpoints.plan(recipe).warnings == []
     checkpoints.merge(recipe, tmp_path / "wide")
     assert np.all(checkpoints.load(tmp_path / "wide")["w"] > np.float32(base["w"]))
+
+
+def test_plan_counts_matrices(tmp_path):
+    """Leaves of three axes and more are averaged unless axes fit: plan says so."""
+    shapes = {"q": (4, 2, 3), "token": (1, 1, 4), "w": (4, 4), "bias": (4,)}
+    tree = {f"h_{i}": {k: np.ones(s) for k, s in shapes.items()} for i in range(2)}
+    ocp.save(tmp_path / "a", {**tree, "n": np.arange(2)})
+    recipe = {"base": str(tmp_path / "a"), "experts": {"b": str(tmp_path / "a")}}
+    found = checkpoints.plan(recipe | {"method": "tsv_m"})
+    (rule,), (warning,) = found.rules, found.warnings
+    assert rule.action == "tsv_m: 2 matrices, 6 averaged"
+    assert warning.startswith("the method averages h_{0..1}/q (4, 2, 3): by its axes")
+    assert '{match: "h_{0..1}/q", values: {axes: ...}}' in warning
+    rules = [{"match": "*/q", "values": {"axes": "mnn"}}, {"match": "*/w", "method": "average"}]
+    found = checkpoints.plan(recipe | {"method": [{"name": "umtam"}], "rules": rules[1:]})
+    assert [rule.action for rule in found.rules] == [
+        "average",
+        "umtam: 0 matrices, 6 as in the base",
+    ]
+    found = checkpoints.plan(recipe | {"method": "tsv_m", "rules": rules})
+    assert found.warnings == []
+    assert found.rules[0].action == "tsv_m (axes mnn): 2 matrices"
+    rules = [{"match": "*/{q,token}", "stacked": True}]
+    found = checkpoints.plan(recipe | {"method": "tsv_m", "rules": rules})
+    assert found.warnings == [] and found.rules[0].action.endswith("stacks: 4 matrices")
 
 
 def test_plan_of_two_passes(world):
