@@ -84,6 +84,11 @@ class Checkpoint:
         """Abstract arrays by name."""
         return dict(zip(*named_leaves(self.tree), strict=True))
 
+    def holds(self, path: str) -> bool:
+        """Whether there are leaves at a path in the tree, or below it."""
+        start = _slashed(path).strip("/")
+        return any(name == start or name.startswith(start + "/") for name in self.leaves)
+
     @functools.cached_property
     def digests(self) -> dict[str, str]:
         """The digest of each leaf that the manifest in the checkpoint has, if it has one."""
@@ -305,7 +310,7 @@ def open_model(
     Raises:
       ValueError: if they are not found, or cannot be renamed.
     """
-    prefix = _found_params(checkpoint) if params is None else _split(checkpoint.tree, params)
+    prefix = _found_params(checkpoint) if params is None else _split(checkpoint, params)
     tree = checkpoint.tree
     for key in prefix:
         tree = tree[int(key)] if isinstance(tree, list) else tree[key]
@@ -454,7 +459,7 @@ def open_curvature(
     names, _ = named_leaves(checkpoint.tree)
     # Each leaf stands for itself by its name, so the places of fields come back as names.
     node = jax.tree.structure(checkpoint.tree).unflatten([_Name(name) for name in names])
-    for key in () if tree is None else _split(checkpoint.tree, tree):
+    for key in () if tree is None else _split(checkpoint, tree):
         node = node[int(key)] if isinstance(node, list) else node[key]
     needs: dict[str, Need] = {}
     for kind, tables, scalars in _curvature.sources(node):
@@ -568,16 +573,16 @@ def _children(tree: Any) -> Iterable[tuple[str, Any]]:
     return ((str(i), x) for i, x in enumerate(tree)) if isinstance(tree, list) else ()
 
 
-def _split(tree: Any, path: str) -> tuple[str, ...]:
-    keys = tuple(key for key in path.replace(".", "/").split("/") if key)
-    node = tree
+def _split(checkpoint: Checkpoint, path: str) -> tuple[str, ...]:
+    keys = tuple(key for key in _slashed(path).split("/") if key)
+    node = checkpoint.tree
     for i, key in enumerate(keys):
         children = dict(_children(node))
         if key not in children:
             near = difflib.get_close_matches(key, children, 1)
             at = "/".join(keys[:i]) or "the top"
             raise ValueError(
-                f"there is no {key!r} at {at} of the checkpoint; "
+                f"{checkpoint.path}: there is no {key!r} at {at}; "
                 + (f"did you mean {near[0]!r}?" if near else f"there is {', '.join(children)}")
             )
         node = children[key]

@@ -223,6 +223,14 @@ def test_compare(tmp_path):
     assert first.overlap == pytest.approx(2 / (2 * 2))
     assert last.drift == (0.0, 0.0) and last.conflict == 0.0 and last.overlap is None
 
+    # A base that is nothing but params has no such part.
+    paths = [tmp_path / name for name in ("base", "a", "b")]
+    assert checkpoints.compare(*paths, params="params") == [first, last]
+    with pytest.raises(ValueError, match="base: there is no 'parms' at the top; there is"):
+        checkpoints.compare(*paths, params="parms")
+    with pytest.raises(ValueError, match="a: there is no 'parms' at the top; did you mean"):
+        checkpoints.load(paths[1], params="parms")
+
     ocp.save(tmp_path / "c", {"w": np.ones((2, 2), np.float32)})
     with pytest.raises(ValueError, match="2 problems") as caught:
         checkpoints.compare(tmp_path / "base", tmp_path / "c")
