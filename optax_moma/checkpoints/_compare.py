@@ -84,18 +84,17 @@ def compare(
     if problems:
         raise MergeError("Cannot compare,", problems)
     curvatures = [_curvature_in(model) for model in models[1:]]
-    floats = [n for n, x in models[0].leaves.items() if jnp.issubdtype(x.dtype, jnp.floating)]
-    found = [_compared(name, models, curvatures) for name in floats]
+    found = [_compared(name, models, curvatures) for name in models[0].floats]
     return sorted(found, key=lambda leaf: leaf.trouble, reverse=True)
 
 
 def _mismatches(first: Model, other: Model) -> list[str]:
-    lacking = [name for name in first.leaves if name not in other.leaves]
+    lacking = [name for name in first.arrays if name not in other.arrays]
     problems = [f"{other.label} lacks {', '.join(lacking[:10])}"] if lacking else []
     return problems + [
-        f"{other.label}, {name}: shape {other.leaves[name].shape}, but {first.label} has {x.shape}"
-        for name, x in first.leaves.items()
-        if name in other.leaves and other.leaves[name].shape != x.shape
+        f"{other.label}, {name}: shape {other.arrays[name].shape}, but {first.label} has {x.shape}"
+        for name, x in first.arrays.items()
+        if name in other.arrays and other.arrays[name].shape != x.shape
     ]
 
 

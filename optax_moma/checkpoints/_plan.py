@@ -10,7 +10,7 @@ import numpy as np
 from ._job import CHUNK_BYTES, Job, Part, leaf_bytes, open_job, passes
 from ._memory import peak_bytes
 from ._recipe import Recipe, Rule
-from ._source import Abstract, CurvatureOf, Model
+from ._source import CurvatureOf, Model
 
 
 class PlannedModel(NamedTuple):
@@ -155,7 +155,7 @@ def _planned_models(job: Job) -> list[PlannedModel]:
     for name, model in job.models.items():
         v = job.curvature.get(name)
         drift, cosine = job.kinship.get(name, (None, None))
-        arrays = [leaf for leaf in model.leaves.values() if isinstance(leaf, Abstract)]
+        arrays = model.arrays.values()
         found.append(
             PlannedModel(
                 name,

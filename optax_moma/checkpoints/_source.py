@@ -248,9 +248,6 @@ def describe(
         if params is not None:
             raise
         return Description(checkpoint.path, checkpoint.step, leaves, None, None, 0, 0, None)
-    floats = [
-        name for name, leaf in model.leaves.items() if isinstance(leaf, Abstract) and is_float(leaf)
-    ]
     kind, covered, gradients = None, 0, None
     try:
         curvature = open_curvature(model, checkpoint, None, 0.999, None)
@@ -258,10 +255,10 @@ def describe(
         pass  # It holds none.
     else:
         kind, gradients = curvature.kind, curvature.gradients
-        covered = sum(name in curvature.needs for name in floats)
+        covered = sum(name in curvature.needs for name in model.floats)
     where = "/".join(model.prefix)
     return Description(
-        checkpoint.path, model.step, leaves, where, kind, covered, len(floats), gradients
+        checkpoint.path, model.step, leaves, where, kind, covered, len(model.floats), gradients
     )
 
 
@@ -272,7 +269,7 @@ class Model(NamedTuple):
       label: How messages call it: "the base", "expert 'math'".
       checkpoint: Where it lies.
       tree: The params' part of the checkpoint's tree, with the leaf's path at each leaf.
-      leaves: Abstract arrays by leaf path.
+      leaves: Abstract arrays by leaf path, and what else is there: texts, Python's numbers.
       stored: The leaves' names in the checkpoint by leaf path.
       prefix: The path of the params in the checkpoint.
     """
@@ -283,6 +280,16 @@ class Model(NamedTuple):
     leaves: dict[str, Abstract]
     stored: dict[str, str]
     prefix: tuple[str, ...]
+
+    @property
+    def arrays(self) -> dict[str, Abstract]:
+        """The leaves that are arrays, by leaf path."""
+        return {name: x for name, x in self.leaves.items() if isinstance(x, Abstract)}
+
+    @property
+    def floats(self) -> list[str]:
+        """The paths of the leaves of floating point: what is merged, and may have a curvature."""
+        return [name for name, x in self.arrays.items() if is_float(x)]
 
     @property
     def step(self) -> int | None:

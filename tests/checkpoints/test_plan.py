@@ -237,6 +237,21 @@ def test_compare(tmp_path):
     assert "lacks n, still" in str(caught.value) and "shape (2, 2)" in str(caught.value)
 
 
+def test_leaves_that_are_no_arrays(tmp_path):
+    """Texts and Python's numbers are passed by, as they are by inspect."""
+    params = {"w": jnp.ones((2, 3)), "name": "bert", "layers": [2, jnp.ones(2)]}
+    state = optax.adam(1e-3).init({"w": params["w"], "layers": [None, jnp.ones(2)]})
+    ocp.save(tmp_path / "a", {"params": params, "opt_state": state})
+    loaded = checkpoints.load(tmp_path / "a")
+    assert (loaded["name"], loaded["layers"][0]) == (None, None)
+    assert loaded["layers"][1].shape == (2,)
+    found = checkpoints.compare(tmp_path / "a", tmp_path / "a")
+    assert [(leaf.name, leaf.drift) for leaf in found] == [("layers/1", (0.0,)), ("w", (0.0,))]
+    file = tmp_path / "v.safetensors"
+    checkpoints.export_curvature(tmp_path / "a", file)
+    assert sorted(checkpoints.inspect(file)) == ["layers/1", "w"]
+
+
 def test_memory_of_the_widest_matrix(tmp_path):
     """It is not the largest leaf that a method of whole matrices works hardest on."""
     rng = np.random.default_rng(0)
