@@ -23,6 +23,8 @@ Step = int | Literal["latest"] | None
 
 # What a file of curvature says of itself in its header.
 CURVATURE_FORMAT = {"format": "optax_moma.curvature", "version": "1"}
+# And a manifest of itself. Other tools have files of that name too.
+MANIFEST_FORMAT = {"format": "optax_moma.manifest", "version": 2}
 
 
 @dataclass(frozen=True)
@@ -91,11 +93,13 @@ class Checkpoint:
 
     @functools.cached_property
     def digests(self) -> dict[str, str]:
-        """The digest of each leaf that the manifest in the checkpoint has, if it has one."""
-        file = manifest_path(self.path)
-        if not file.exists():
+        """The digest of each leaf in the checkpoint's manifest, if it has one of ours."""
+        try:
+            manifest = json.loads(manifest_path(self.path).read_bytes())
+        except (FileNotFoundError, ValueError):
             return {}
-        return json.loads(file.read_text()).get("leaves", {})
+        ours = isinstance(manifest, dict) and manifest.get("format") == MANIFEST_FORMAT["format"]
+        return manifest.get("leaves", {}) if ours else {}
 
 
 def manifest_path(path: Path) -> Path:
