@@ -18,9 +18,9 @@ from ..merging import MergeError, Step
 from ..merging._inputs import checked_inputs, checked_weights, is_float
 from ..merging._leaf import promoted
 from ..merging._matrices import EachMatrix, layout_of
-from ..merging._steps import Chain
+from ..merging._steps import Chain, Weigh
 from . import _source
-from ._recipe import Recipe, Rule, build_method, key_of, one_sided, output_dtype, valued
+from ._recipe import Expert, Recipe, Rule, build_method, key_of, one_sided, output_dtype, valued
 from ._source import Abstract, CurvatureOf, Model
 
 CHUNK_BYTES = 128 << 20
@@ -54,10 +54,16 @@ class Part(NamedTuple):
     layers: tuple[Layer, ...] = ()
 
     @property
+    def steps(self) -> tuple[Step, ...]:
+        """The steps of the method; none if there is no method."""
+        if self.method is None:
+            return ()
+        return self.method.steps if isinstance(self.method, Chain) else (self.method,)
+
+    @property
     def each_matrix(self) -> EachMatrix | None:
         """The step that merges matrices only and averages other leaves, if the method has one."""
-        steps = self.method.steps if isinstance(self.method, Chain) else (self.method,)
-        return next((step for step in steps if isinstance(step, EachMatrix)), None)
+        return next((step for step in self.steps if isinstance(step, EachMatrix)), None)
 
 
 @dataclass
@@ -656,6 +662,7 @@ def _check_ages(job: Job) -> None:
             if (gradients := v.gradients) is not None:
                 job.gradients[name] = gradients
             _check_age(job, name, v)
+        _check_decay(job)
     except ValueError as error:
         job.problems.append(str(error))
 
@@ -672,6 +679,34 @@ def _check_age(job: Job, name: str, v: CurvatureOf) -> None:
     then, now = v.step(job.experts[name]), job.steps.get(name)
     if None not in (then, now) and then != now:
         job.warnings.append(f"{label} is of step {then}, but the expert is of step {now}")
+
+
+def _check_decay(job: Job) -> None:
+    """Notes experts whose curvatures are compared by a decay of second moments that was guessed.
+
+    A state of Adam does not record it. It decides how much few gradients are worth beside many,
+    unless the method normalises each expert's curvature.
+    """
+    steps = [step for part in job.parts for step in part.steps]
+    if not any(isinstance(step, Weigh) and not step.normalize for step in steps):
+        return
+    counts = {
+        name: job.gradients[name]
+        for name, v in job.curvature.items()
+        if v.counts_only and name in job.gradients and not _says_b2(job.recipe.experts[name])
+    }
+    shares = [1 - job.curvature[name].b2 ** count for name, count in counts.items()]
+    if shares and max(shares) > 1.1 * min(shares):
+        told = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        job.warnings.append(
+            f"the curvatures are of different numbers of gradients, {told}, and are compared as if "
+            "the second moments had decayed by b2 = 0.999; name the optimizers' own with "
+            "curvature: {b2: ...}"
+        )
+
+
+def _says_b2(expert: Expert) -> bool:
+    return expert.curvature is not None and "b2" in expert.curvature.model_fields_set
 
 
 def _cosine(x: np.ndarray, y: np.ndarray) -> float:

@@ -408,6 +408,14 @@ class CurvatureOf(NamedTuple):
         arrays = self.checkpoint.read(sorted(names)) if names else {}
         return min((int(np.min(x)) for x in arrays.values()), default=None)
 
+    @property
+    def counts_only(self) -> bool:
+        """Whether the weight of its gradients follows from their number only if b2 is known."""
+        return any(
+            need.kind != "adafactor" and "count" in need.scalars and "nu_weight" not in need.scalars
+            for need in self.needs.values()
+        )
+
     def step(self, model: Model) -> int | None:
         """Returns of which step of training it is; None if nothing tells."""
         if self.checkpoint.tensors is not None:

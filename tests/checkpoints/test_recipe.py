@@ -318,6 +318,19 @@ class TestAges:
             else:
                 assert "its optimizer state has seen no gradient" in found.problems[0]
 
+    def test_states_of_different_ages(self, world, tmp_path):
+        """How much each is worth depends on a decay that Adam's state does not record."""
+        recipe = world.recipe("fisher", check_base=False)
+        for name, count in (("code", 20), ("math", 2000)):
+            self.save(tmp_path / name, world.experts[name], count, 7)
+            recipe["experts"][name] = {"path": str(tmp_path / name)}
+        (warning,) = checkpoints.plan(recipe).warnings
+        assert "different numbers of gradients, code 20, math 2,000, and" in warning
+        assert checkpoints.plan({**recipe, "method": "curvature_ties"}).warnings == []
+        for expert in recipe["experts"].values():
+            expert["curvature"] = {"b2": 0.999}
+        assert checkpoints.plan(recipe).warnings == []
+
 
 def test_methods_by_name(world, tmp_path, equal_bits):
     """All that make a step can be named, and only those; also steps that take steps."""
