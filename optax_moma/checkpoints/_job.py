@@ -74,6 +74,8 @@ class Job:
       recipe: The recipe.
       base: The base, or None.
       experts: The experts by name.
+      grown: The base, or without one the first expert, with the leaves that it lacks but a rule
+        keeps of another; None if there are none.
       curvature: What is known of the experts' curvature, by name, where a method needs it.
       parts: The leaves by how they are merged.
       ignored: The paths of leaves that are left out.
@@ -87,6 +89,7 @@ class Job:
     recipe: Recipe
     base: Model | None = None
     experts: dict[str, Model] = field(default_factory=dict)
+    grown: Model | None = None
     curvature: dict[str, CurvatureOf] = field(default_factory=dict)
     parts: list[Part] = field(default_factory=list)
     ignored: set[str] = field(default_factory=set)
@@ -104,7 +107,7 @@ class Job:
     @property
     def reference(self) -> Model:
         """The model whose structure the merged one has."""
-        return self.base or next(iter(self.experts.values()))
+        return self.grown or self.base or next(iter(self.experts.values()))
 
     @property
     def paths(self) -> dict[str, Path]:
@@ -256,11 +259,14 @@ def _parts(job: Job, names: list[str]) -> list[Part]:
     plain = {name: expert.weight for name, expert in recipe.experts.items()}
     left, parts = list(names), []
     for i, rule in enumerate(recipe.rules):
+        keep = "base" if rule.otherwise == "base" else rule.keep
+        # An expert's own leaves, such as those of its head, are nowhere else.
+        lacked = _lacked(job, job.experts[keep]) if keep in job.experts else []
         if rule.otherwise is not None:
             found = left
         else:
-            all_matched = _matches(job, f"rule {i}", rule.globs, names)
-            remaining = set(left)
+            all_matched = _matches(job, f"rule {i}", rule.globs, [*names, *lacked])
+            remaining = {*left, *lacked}
             found = [name for name in all_matched if name in remaining]
             if all_matched and not found:
                 job.problems.append(
@@ -271,9 +277,14 @@ def _parts(job: Job, names: list[str]) -> list[Part]:
         left = [name for name in left if name not in taken]
         if not found:
             continue
-        keep = "base" if rule.otherwise == "base" else rule.keep
         if keep is not None:
-            parts.append(Part(i, None, keep, plain, found))
+            added = [name for name in lacked if name in taken]
+            try:
+                if added:
+                    job.grown = job.reference.with_leaves(job.experts[keep], added)
+                parts.append(Part(i, None, keep, plain, found))
+            except ValueError as error:
+                job.problems.append(f"rule {i}: {error}")
             continue
         spec = recipe.method_under(rule)
         at = lambda x: Layer(  # noqa: E731
@@ -287,6 +298,11 @@ def _parts(job: Job, names: list[str]) -> list[Part]:
     if left:
         parts.append(Part(None, build_method(recipe.method, {}), None, plain, left))
     return parts
+
+
+def _lacked(job: Job, model: Model) -> list[str]:
+    """Returns a model's leaves that are neither ignored nor in the merged model."""
+    return [n for n in model.leaves if n not in job.reference.leaves and n not in job.ignored]
 
 
 def _by_layer(job: Job, i: int, names: list[str], at: Callable[[float], Layer]) -> Iterator[Part]:
@@ -355,11 +371,10 @@ def _compare_structures(job: Job) -> None:
                         "with ignore:"
                     )
     for model in job.models.values():
-        extra = [n for n in model.leaves if n not in reference.leaves and n not in job.ignored]
-        if extra:
+        if extra := _lacked(job, model):
             job.problems.append(
                 f"{model.label} has leaves that {reference.label} lacks: {_listed(extra)}; leave "
-                "them out with ignore:"
+                "them out with ignore:, or copy one expert's with a rule keep:"
             )
 
 

@@ -22,7 +22,7 @@ from . import _orbax, _safetensors
 from ._job import Job
 from ._leaf import Array
 from ._manifest import differing, digest, write_manifest
-from ._source import Abstract, Model, manifest_path, open_checkpoint
+from ._source import Abstract, manifest_path, open_checkpoint
 
 _JOURNAL, _MANIFEST, _REPLACED = "journal.jsonl", "manifest.json", "replaced"
 
@@ -81,7 +81,7 @@ class SafetensorsSink:
     def __init__(self, staging: Path, name: str, job: Job):
         self.path, self._journal = staging / name, staging / _JOURNAL
         leaves = _merged_leaves(job)
-        self._names = {name: _tensor_name(job.reference, name) for name in leaves}
+        self._names = {name: _tensor_name(job, name) for name in leaves}
         tensors = {self._names[name]: leaf for name, leaf in leaves.items()}
         self._writer = _safetensors.Writer(self.path, tensors, _notes(job))
 
@@ -118,7 +118,7 @@ def unwritable(job: Job, output: Path) -> list[str]:
         return []
     problems, first = [], {}
     for name, leaf in _merged_leaves(job).items():
-        tensor = _tensor_name(job.reference, name)
+        tensor = _tensor_name(job, name)
         other = first.setdefault(tensor, name)
         if other != name:
             problems.append(
@@ -132,8 +132,9 @@ def unwritable(job: Job, output: Path) -> list[str]:
     return problems
 
 
-def _tensor_name(model: Model, name: str) -> str:
-    """Returns what a leaf is called in a safetensors file: as in the model's own, if it is one."""
+def _tensor_name(job: Job, name: str) -> str:
+    """Returns what a leaf is called in a safetensors file: as in that of the first model."""
+    model = next(model for model in job.models.values() if name in model.leaves)
     tensors, stored = model.checkpoint.tensors, model.stored[name]
     if tensors is None or not f"/{stored}".endswith(f"/{name}"):  # or it was renamed
         return name.replace("/", ".")

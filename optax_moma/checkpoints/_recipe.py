@@ -174,7 +174,8 @@ class Rule(_Strict):
       weights: Other weights of the experts by name; lists are gradients.
       stacked: Whether the leaves are stacks of layers along their first axis, as scanned layers
         are. Each layer is then merged as a leaf of its own, and gradients run over them.
-      keep: "base", or an expert's name: the leaves are copied from there.
+      keep: "base", or an expert's name: the leaves are copied from there, an expert's also if the
+        base lacks them, as it may lack a head.
       otherwise: (``else`` in a recipe.) "base", or a method, for all that no rule matches; it comes
         last.
     """

@@ -305,6 +305,29 @@ class Model(NamedTuple):
                 return int(self.checkpoint.read([name])[name])
         return self.checkpoint.step
 
+    def with_leaves(self, other: "Model", names: Collection[str]) -> "Model":
+        """Returns the model with leaves that it lacks, in the places that they have in another.
+
+        Raises:
+          ValueError: if one lies in a list, or below a leaf.
+        """
+        tree = jax.tree.map(lambda name: name, self.tree)  # its dicts are other ones
+        for name in names:
+            node, theirs = tree, other.tree
+            *folders, last = name.split("/")
+            for key in folders:
+                theirs = theirs[key] if isinstance(theirs, dict) else None
+                node = node.setdefault(key, {}) if isinstance(node, dict) else None
+            if not (isinstance(theirs, dict) and isinstance(node, dict)):
+                raise ValueError(
+                    f"{name} of {other.label} cannot be added to {self.label}: it lies in a list, "
+                    "or below a leaf"
+                )
+            node[last] = name
+        return self._replace(
+            tree=tree, leaves=self.leaves | {name: other.leaves[name] for name in names}
+        )
+
 
 def open_model(
     label: str, checkpoint: Checkpoint, params: str | None, rename: Mapping[str, str] | None = None

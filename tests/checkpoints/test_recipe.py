@@ -284,6 +284,39 @@ class TestZeroCurvature:
         np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("suffix", ["", ".safetensors"])
+def test_an_expert_s_own_leaves_are_kept(tmp_path, equal_bits, suffix):
+    """A head that the base lacks, beside heads of others that are not wanted."""
+    base = {"w": np.ones((2, 3), np.float32)}
+    ocp.save(tmp_path / "base", base)
+    trees = {}
+    for i, name in enumerate("ab"):
+        head = {"kernel": np.full((3, 2), i, np.float32), "bias": np.arange(2)}
+        trees[name] = {"w": base["w"] + 2 * i, "heads": {"out": head, name: np.array(i)}}
+        ocp.save(tmp_path / name, trees[name])
+    recipe = {
+        "base": str(tmp_path / "base"),
+        "experts": {name: str(tmp_path / name) for name in "ab"},
+        "method": "average",
+        "rules": [{"match": "heads/out/*", "keep": "b"}],
+    }
+    (problem,) = [p for p in checkpoints.plan(recipe).problems if "expert 'b'" in p]
+    assert "has leaves that the base lacks: heads/b; leave" in problem
+    recipe["rules"] += [{"match": "heads/*", "keep": "b"}, {"match": "heads/a", "keep": "a"}]
+    found = checkpoints.plan(recipe)
+    assert (found.problems, found.leaves) == ([], 5)
+    output = tmp_path / f"out{suffix}"
+    checkpoints.merge(recipe, output)
+    assert checkpoints.verify(output).problems == []
+    heads = trees["b"]["heads"] | {"a": trees["a"]["heads"]["a"]}
+    merged = checkpoints.load(output)
+    equal_bits(merged, jax.tree.map(jnp.asarray, {"w": base["w"] + 1, "heads": heads}))
+    ocp.save(tmp_path / "c", base | {"heads": [np.ones(2)]})
+    recipe["experts"] = {"c": str(tmp_path / "c")}
+    recipe["rules"] = [{"match": "heads/*", "keep": "c"}]
+    assert "rule 0: heads/0 of expert 'c' cannot be added" in checkpoints.plan(recipe).problems[0]
+
+
 class TestAges:
     def save(self, path, params, count, step):
         nu = jax.tree.map(jnp.ones_like, {k: v for k, v in params.items() if k != "buckets"})
