@@ -415,8 +415,8 @@ def _check_axes(job: Job) -> None:
             f"{'the method' if rule is None else f'rule {rule}'} "
             f"{'averages' if averaged else 'leaves as in the base'} {listed}: by its axes they are "
             f'no matrices; if they hold some, say so by a rule {{match: "{next(iter(globs))}", '
-            "values: {axes: ...}}, with bmn for stacked layers, mnn for attention's queries, keys "
-            "and values, mmn for its outputs, mmmn for convolutions"
+            "values: {axes: ...}}; in Flax bmn are stacked layers, mnn attention's queries, keys "
+            "and values, mmn its outputs, mmmn convolutions"
         )
 
 
