@@ -9,6 +9,7 @@ ocp = pytest.importorskip("orbax.checkpoint").v1
 typer_testing = pytest.importorskip("typer.testing")
 
 from optax_moma import checkpoints  # noqa: E402
+from optax_moma.checkpoints._recipe import METHODS  # noqa: E402
 from optax_moma.cli import app  # noqa: E402
 
 
@@ -109,12 +110,12 @@ def test_plan(folder):
     found = json.loads(done.stdout)
     assert found["coverage"] == {"a": [1, 1], "b": [1, 1]}
     assert found["rules"] == [
-        {"match": "(no rule)", "action": "moma", "names": ["layers_0/kernel"]}
+        {"match": "(no rule)", "action": "moma: 1 matrix", "names": ["layers_0/kernel"]}
     ]
     assert [model["gradients"] for model in found["models"]] == [None, 20, 20]
     text = run("plan", folder / "recipe.yaml", "--leaves").stdout
     assert "1 leaf of 48 numbers: reads" in text and "The merge can start." in text
-    assert row(text, "(no rule)") == ["(no rule)", "1", "moma"]
+    assert row(text, "(no rule)") == ["(no rule)", "1", "moma: 1 matrix"]
     assert row(text, "a")[-2:] == ["adam 1/1", "20"]
     assert "\n  layers_0/kernel\n" in text
 
@@ -207,8 +208,37 @@ def test_export_curvature(folder):
     assert run("export-curvature", folder / "base", folder / "b.safetensors").exit_code == 2
 
 
+def test_methods():
+    found = json.loads(run("methods", "--json").stdout)
+    kinds = {x["name"]: x["kind"] for x in found}
+    assert kinds.keys() == METHODS.keys()
+    told = {name: kinds[name] for name in ("moma", "average", "peft.ties", "trim", "regmean")}
+    assert list(told.values()) == [
+        "with base and curvature",
+        "without a base",
+        "as other libraries do",
+        "step, for a list of them",
+        "not in a recipe",
+    ]
+    assert row(run("methods").stdout, "ties")[1] == next(
+        x["summary"] for x in found if x["name"] == "ties"
+    )
+    done = run("methods", "trim")
+    assert done.stdout.startswith("method: {name: trim, density: ..., by: magnitude, power: 1.0,")
+    assert "Share of entries kept" in done.stdout
+    options = json.loads(run("methods", "trim", "--json").stdout)["options"]
+    assert (options["density"], options["by"]) == ({"required": True}, {"default": "magnitude"})
+    done = run("methods", "breadcrumbs_ties")
+    assert done.exit_code == 2 and "did you mean 'mergekit.breadcrumbs_ties'?" in done.stderr
+
+
+def test_the_keys_of_a_recipe_are_in_the_help():
+    told = run("plan", "--help").stdout
+    assert [key for key in checkpoints.Recipe.model_fields if f" {key}:" not in told] == []
+
+
 @pytest.mark.parametrize(
-    "command", ["inspect", "plan", "merge", "compare", "verify", "export-curvature"]
+    "command", ["inspect", "methods", "plan", "merge", "compare", "verify", "export-curvature"]
 )
 def test_help(command):
     done = typer_testing.CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "80"})

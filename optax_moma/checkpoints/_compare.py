@@ -51,7 +51,8 @@ def compare(
         one.
       item: The name of the tree in all of them, if they are Orbax checkpoints that have several.
       step: Which step of those that are folders of steps; "latest" for the last of each.
-      params: The path of the params in all of them; by default they are searched for.
+      params: The path of the params in those that have it; in the others, and by default, they are
+        searched for.
 
     Returns:
       One ``LeafComparison`` for every floating-point leaf.
@@ -71,27 +72,29 @@ def compare(
     """
     if not experts:
         raise ValueError("compare takes a base and at least one more checkpoint")
-    models = []
-    for path in map(Path, (base, *experts)):
-        # Runs are often compared with a base that is no run.
-        of_steps = step if _orbax.steps(path) else None
-        models.append(open_model(str(path), open_checkpoint(path, item, of_steps), params))
+    # Runs are often compared with a base that is no run: without steps, and nothing but params.
+    paths = [Path(path) for path in (base, *experts)]
+    opened = [open_checkpoint(path, item, step if _orbax.steps(path) else None) for path in paths]
+    having = [params is not None and x.holds(params) for x in opened]
+    models = [
+        open_model(str(path), x, params if has or not any(having) else None)
+        for path, x, has in zip(paths, opened, having, strict=True)
+    ]
     problems = [problem for model in models[1:] for problem in _mismatches(models[0], model)]
     if problems:
         raise MergeError("Cannot compare,", problems)
     curvatures = [_curvature_in(model) for model in models[1:]]
-    floats = [n for n, x in models[0].leaves.items() if jnp.issubdtype(x.dtype, jnp.floating)]
-    found = [_compared(name, models, curvatures) for name in floats]
+    found = [_compared(name, models, curvatures) for name in models[0].floats]
     return sorted(found, key=lambda leaf: leaf.trouble, reverse=True)
 
 
 def _mismatches(first: Model, other: Model) -> list[str]:
-    lacking = [name for name in first.leaves if name not in other.leaves]
+    lacking = [name for name in first.arrays if name not in other.arrays]
     problems = [f"{other.label} lacks {', '.join(lacking[:10])}"] if lacking else []
     return problems + [
-        f"{other.label}, {name}: shape {other.leaves[name].shape}, but {first.label} has {x.shape}"
-        for name, x in first.leaves.items()
-        if name in other.leaves and other.leaves[name].shape != x.shape
+        f"{other.label}, {name}: shape {other.arrays[name].shape}, but {first.label} has {x.shape}"
+        for name, x in first.arrays.items()
+        if name in other.arrays and other.arrays[name].shape != x.shape
     ]
 
 

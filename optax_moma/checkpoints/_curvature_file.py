@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
 from . import _safetensors
 from ._recipe import CurvatureSource
@@ -50,7 +49,7 @@ def export_curvature(
       ValueError: if no curvature is found, or not for every floating-point leaf.
 
     Example:
-      >>> import optax, tempfile
+      >>> import jax.numpy as jnp, optax, tempfile
       >>> from orbax.checkpoint import v1 as ocp
       >>> folder, params = tempfile.mkdtemp(), {"w": jnp.ones((200, 300))}
       >>> state = optax.adafactor(1e-3).init(params)
@@ -67,21 +66,20 @@ def export_curvature(
     model = open_model(str(checkpoint), opened, params)
     source = source or CurvatureSource()
     curvature = open_curvature(model, opened, source.tree, source.b2, source.missing)
-    floats = [n for n, x in model.leaves.items() if jnp.issubdtype(x.dtype, jnp.floating)]
-    uncovered = [n for n in floats if n not in curvature.needs and source.missing is None]
+    uncovered = [n for n in model.floats if n not in curvature.needs and source.missing is None]
     if uncovered:
         raise ValueError(
             f"{checkpoint}: no curvature for {', '.join(uncovered[:10])}"
             + (" and more" if len(uncovered) > 10 else "")
             + "; if these leaves were frozen, give them one with missing"
         )
-    shapes = curvature_entries({n: curvature.abstract(n, model.leaves[n]) for n in floats})
+    shapes = curvature_entries({n: curvature.abstract(n, model.leaves[n]) for n in model.floats})
     partial = output.with_name(output.name + ".partial")
     leaves = {name: Abstract(x.shape, x.dtype) for name, x in shapes.items()}
     told = {"gradients": curvature.gradients, "step": curvature.step(model)}
     about = CURVATURE_FORMAT | {k: str(n) for k, n in told.items() if n is not None}
     writer = _safetensors.Writer(partial, leaves, about)
-    for name in floats:
+    for name in model.floats:
         needed = curvature.needs[name].names if name in curvature.needs else []
         arrays = opened.read(needed)
         v = curvature.assembled(name, model.leaves[name], arrays)

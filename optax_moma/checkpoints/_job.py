@@ -3,7 +3,7 @@
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +17,10 @@ from .. import _globs
 from ..merging import MergeError, Step
 from ..merging._inputs import checked_inputs, checked_weights, is_float
 from ..merging._leaf import promoted
+from ..merging._matrices import EachMatrix, layout_of
+from ..merging._steps import Chain, Weigh
 from . import _source
-from ._recipe import Recipe, Rule, build_method, key_of, one_sided, output_dtype, valued
+from ._recipe import Expert, Recipe, Rule, build_method, key_of, one_sided, output_dtype, valued
 from ._source import Abstract, CurvatureOf, Model
 
 CHUNK_BYTES = 128 << 20
@@ -51,6 +53,18 @@ class Part(NamedTuple):
     names: list[str]
     layers: tuple[Layer, ...] = ()
 
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The steps of the method; none if there is no method."""
+        if self.method is None:
+            return ()
+        return self.method.steps if isinstance(self.method, Chain) else (self.method,)
+
+    @property
+    def each_matrix(self) -> EachMatrix | None:
+        """The step that merges matrices only and averages other leaves, if the method has one."""
+        return next((step for step in self.steps if isinstance(step, EachMatrix)), None)
+
 
 @dataclass
 class Job:
@@ -60,6 +74,8 @@ class Job:
       recipe: The recipe.
       base: The base, or None.
       experts: The experts by name.
+      grown: The base, or without one the first expert, with the leaves that it lacks but a rule
+        keeps of another; None if there are none.
       curvature: What is known of the experts' curvature, by name, where a method needs it.
       parts: The leaves by how they are merged.
       ignored: The paths of leaves that are left out.
@@ -73,6 +89,7 @@ class Job:
     recipe: Recipe
     base: Model | None = None
     experts: dict[str, Model] = field(default_factory=dict)
+    grown: Model | None = None
     curvature: dict[str, CurvatureOf] = field(default_factory=dict)
     parts: list[Part] = field(default_factory=list)
     ignored: set[str] = field(default_factory=set)
@@ -90,7 +107,7 @@ class Job:
     @property
     def reference(self) -> Model:
         """The model whose structure the merged one has."""
-        return self.base or next(iter(self.experts.values()))
+        return self.grown or self.base or next(iter(self.experts.values()))
 
     @property
     def paths(self) -> dict[str, Path]:
@@ -109,6 +126,18 @@ class Job:
         """Whether a leaf is merged by its curvature."""
         leaf = self.reference.leaves[name]
         return part.method is not None and part.method.contract.curvature and is_float(leaf)
+
+    def by_matrices(self, part: Part) -> tuple[list[str], list[str]]:
+        """Returns the leaves of a method of matrices that hold such, and those that it averages."""
+        held, averaged, step = [], [], part.each_matrix
+        if step is None or step.axes is None:
+            return held, averaged
+        for name in part.names:
+            leaf = self.reference.leaves[name]
+            if isinstance(leaf, Abstract) and is_float(leaf):
+                shape = leaf.shape[1:] if part.layers else leaf.shape
+                (averaged if layout_of(step.axes, shape) is None else held).append(name)
+        return held, averaged
 
     def stored_bytes(self, part: Part, name: str) -> int:
         """Returns how many bytes are read for a leaf."""
@@ -170,12 +199,15 @@ def open_job(recipe: Recipe) -> Job:
     job.parts = _parts(job, names)
     _compare_structures(job)
     _check_sides(job)
+    _check_axes(job)
     _check_factors(job)
     _open_curvature(job)
     problems = [p for part in job.parts for p in _part_problems(job, part)]
     job.problems += [p for p in dict.fromkeys(problems) if p not in job.problems]
     if not job.problems:
         _check_base(job)
+        _check_copied(job)
+        _check_rounding(job)
         _check_ages(job)
     return job
 
@@ -227,11 +259,14 @@ def _parts(job: Job, names: list[str]) -> list[Part]:
     plain = {name: expert.weight for name, expert in recipe.experts.items()}
     left, parts = list(names), []
     for i, rule in enumerate(recipe.rules):
+        keep = "base" if rule.otherwise == "base" else rule.keep
+        # An expert's own leaves, such as those of its head, are nowhere else.
+        lacked = _lacked(job, job.experts[keep]) if keep in job.experts else []
         if rule.otherwise is not None:
             found = left
         else:
-            all_matched = _matches(job, f"rule {i}", rule.globs, names)
-            remaining = set(left)
+            all_matched = _matches(job, f"rule {i}", rule.globs, [*names, *lacked])
+            remaining = {*left, *lacked}
             found = [name for name in all_matched if name in remaining]
             if all_matched and not found:
                 job.problems.append(
@@ -242,9 +277,14 @@ def _parts(job: Job, names: list[str]) -> list[Part]:
         left = [name for name in left if name not in taken]
         if not found:
             continue
-        keep = "base" if rule.otherwise == "base" else rule.keep
         if keep is not None:
-            parts.append(Part(i, None, keep, plain, found))
+            added = [name for name in lacked if name in taken]
+            try:
+                if added:
+                    job.grown = job.reference.with_leaves(job.experts[keep], added)
+                parts.append(Part(i, None, keep, plain, found))
+            except ValueError as error:
+                job.problems.append(f"rule {i}: {error}")
             continue
         spec = recipe.method_under(rule)
         at = lambda x: Layer(  # noqa: E731
@@ -258,6 +298,11 @@ def _parts(job: Job, names: list[str]) -> list[Part]:
     if left:
         parts.append(Part(None, build_method(recipe.method, {}), None, plain, left))
     return parts
+
+
+def _lacked(job: Job, model: Model) -> list[str]:
+    """Returns a model's leaves that are neither ignored nor in the merged model."""
+    return [n for n in model.leaves if n not in job.reference.leaves and n not in job.ignored]
 
 
 def _by_layer(job: Job, i: int, names: list[str], at: Callable[[float], Layer]) -> Iterator[Part]:
@@ -326,11 +371,10 @@ def _compare_structures(job: Job) -> None:
                         "with ignore:"
                     )
     for model in job.models.values():
-        extra = [n for n in model.leaves if n not in reference.leaves and n not in job.ignored]
-        if extra:
+        if extra := _lacked(job, model):
             job.problems.append(
                 f"{model.label} has leaves that {reference.label} lacks: {_listed(extra)}; leave "
-                "them out with ignore:"
+                "them out with ignore:, or copy one expert's with a rule keep:"
             )
 
 
@@ -351,6 +395,29 @@ def _check_sides(job: Job) -> None:
                 "of PyTorch (format: pt), whose linear layers are (fan-out, fan-in); say "
                 f"{method} {instead}",
             )
+
+
+def _check_axes(job: Job) -> None:
+    """Notes leaves that a method of matrices passes by, though by their axes they may hold some."""
+    passed_by: dict[tuple[int | None, bool], list[str]] = {}
+    for part in job.parts:
+        for name in job.by_matrices(part)[1]:
+            shape = job.reference.leaves[name].shape
+            # Of a class token, (1, 1, width), nothing else can be made.
+            if len(shape) > 2 + bool(part.layers) and sum(n > 1 for n in shape) > 1:
+                averaged = part.each_matrix is not None and part.each_matrix.average
+                passed_by.setdefault((part.rule, averaged), []).append(name)
+    for (rule, averaged), names in passed_by.items():
+        globs = _globs.collapsed(names)
+        shapes = {glob: job.reference.leaves[alike[0]].shape for glob, alike in globs.items()}
+        listed = _listed([f"{glob} {shape}" for glob, shape in shapes.items()], 4)
+        job.warnings.append(
+            f"{'the method' if rule is None else f'rule {rule}'} "
+            f"{'averages' if averaged else 'leaves as in the base'} {listed}: by its axes they are "
+            f'no matrices; if they hold some, say so by a rule {{match: "{next(iter(globs))}", '
+            "values: {axes: ...}}; in Flax bmn are stacked layers, mnn attention's queries, keys "
+            "and values, mmn its outputs, mmmn convolutions"
+        )
 
 
 # One matrix in two leaves: what adapters add to it, or what numbers of eight bits stand for.
@@ -523,6 +590,79 @@ def _check_base(job: Job) -> None:
         job.warnings.append(what)
 
 
+# Buffers of more entries are compared when they are copied.
+_FEW_ENTRIES = 10_000
+
+
+def _check_copied(job: Job) -> None:
+    """Reads small leaves that are copied, as they are not floating point: are they all alike?"""
+    leaves = job.reference.leaves
+    names = [
+        name
+        for part in job.parts
+        for name in part.names
+        if part.method is not None
+        and not is_float(leaves[name])
+        and math.prod(leaves[name].shape) <= _FEW_ENTRIES
+    ]
+    arrays = {}
+    for label, model in job.models.items():
+        try:
+            read = model.checkpoint.read([model.stored[name] for name in names])
+        except ValueError as error:
+            job.problems.append(f"{model.label}: {error}")
+            return
+        arrays[label] = {name: read[model.stored[name]] for name in names}
+    job.problems += unequal_copies(job, arrays)
+
+
+def unequal_copies(job: Job, arrays: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
+    """Returns what to say of leaves that can only be copied, but are not the same in all models.
+
+    Args:
+      job: The job.
+      arrays: The leaves by model and path; a base comes first.
+    """
+    (first, wanted), *others = arrays.items()
+    # Buffers of one name are many in a model of many layers, and have one remedy.
+    alike: dict[tuple[str, str], list[str]] = {}
+    for label, found in others:
+        for name, x in found.items():
+            if not np.array_equal(x, wanted[name]):
+                alike.setdefault((label, name.rsplit("/", 1)[-1]), []).append(name)
+    return [
+        f"{job.models[label].label}, {_listed(names, 3)}: other values than in "
+        f"{job.models[first].label}; what is not floating point is copied, so name the model that "
+        f'has the right ones with a rule {{match: "{f"**/{last}" if names[1:] else names[0]}", '
+        f"keep: {first}}}, or leave it out with ignore:"
+        for (label, last), names in alike.items()
+    ]
+
+
+def _check_rounding(job: Job) -> None:
+    """Notes experts that are wider than the base, whose dtype the merge is rounded to.
+
+    What fine-tuning changes is often less than the distance of two numbers of bfloat16.
+    """
+    if job.base is None or output_dtype(job.recipe) is not None:
+        return
+    wider: dict[tuple[np.dtype, np.dtype], list[str]] = {}
+    for part in job.parts:
+        for name in part.names if part.method is not None else ():
+            own = job.base.leaves[name].dtype
+            widest = max(
+                (m.leaves[name].dtype for m in job.experts.values()), key=lambda x: x.itemsize
+            )
+            if is_float(job.base.leaves[name]) and widest.itemsize > own.itemsize:
+                wider.setdefault((own, widest), []).append(name)
+    for (own, widest), names in wider.items():
+        job.warnings.append(
+            f"{_listed(list(_globs.collapsed(names)), 3)}: the experts have {widest}, but the "
+            f"merge is rounded to {own} as the base is; output: {{dtype: {widest}}} keeps what the "
+            "experts learned"
+        )
+
+
 # Fewer gradients than these make a noisy estimate.
 _FEW = 10
 
@@ -537,6 +677,7 @@ def _check_ages(job: Job) -> None:
             if (gradients := v.gradients) is not None:
                 job.gradients[name] = gradients
             _check_age(job, name, v)
+        _check_decay(job)
     except ValueError as error:
         job.problems.append(str(error))
 
@@ -553,6 +694,34 @@ def _check_age(job: Job, name: str, v: CurvatureOf) -> None:
     then, now = v.step(job.experts[name]), job.steps.get(name)
     if None not in (then, now) and then != now:
         job.warnings.append(f"{label} is of step {then}, but the expert is of step {now}")
+
+
+def _check_decay(job: Job) -> None:
+    """Notes experts whose curvatures are compared by a decay of second moments that was guessed.
+
+    A state of Adam does not record it. It decides how much few gradients are worth beside many,
+    unless the method normalises each expert's curvature.
+    """
+    steps = [step for part in job.parts for step in part.steps]
+    if not any(isinstance(step, Weigh) and not step.normalize for step in steps):
+        return
+    counts = {
+        name: job.gradients[name]
+        for name, v in job.curvature.items()
+        if v.counts_only and name in job.gradients and not _says_b2(job.recipe.experts[name])
+    }
+    shares = [1 - job.curvature[name].b2 ** count for name, count in counts.items()]
+    if shares and max(shares) > 1.1 * min(shares):
+        told = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        job.warnings.append(
+            f"the curvatures are of different numbers of gradients, {told}, and are compared as if "
+            "the second moments had decayed by b2 = 0.999; name the optimizers' own with "
+            "curvature: {b2: ...}"
+        )
+
+
+def _says_b2(expert: Expert) -> bool:
+    return expert.curvature is not None and "b2" in expert.curvature.model_fields_set
 
 
 def _cosine(x: np.ndarray, y: np.ndarray) -> float:

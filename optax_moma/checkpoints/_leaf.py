@@ -12,7 +12,7 @@ from .. import merging
 from ..merging._inputs import MergeError, is_float
 from ..merging._leaf import LeafInputs, compute_dtype, stable_id
 from ..merging._merge import check_merged, merge_leaf, merge_sharded
-from ._job import Job, Layer, Part
+from ._job import Job, Layer, Part, unequal_copies
 from ._recipe import key_of, output_dtype
 
 Array = jax.Array | np.ndarray
@@ -33,6 +33,8 @@ def merged_leaf(
     """
     if part.keep is not None:
         leaf = _kept(job, part.keep, name, models[part.keep])
+    elif not is_float(job.merged_leaf(part, name)):
+        leaf = _copied(job, name, models)
     else:
         leaf = _merged(job, part, method, name, models, curvature)
     dtype = job.merged_leaf(part, name).dtype
@@ -87,6 +89,13 @@ def _kept(job: Job, keep: str, name: str, leaf: np.ndarray) -> jax.Array:
     return x
 
 
+def _copied(job: Job, name: str, models: Models) -> jax.Array:
+    problems = unequal_copies(job, {label: {name: x} for label, x in models.items()})
+    if problems:
+        raise MergeError("Cannot merge,", problems)
+    return jnp.asarray(next(iter(models.values())))
+
+
 def _merged(
     job: Job, part: Part, method: Any, name: str, models: Models, curvature: Curvature
 ) -> jax.Array:
@@ -98,12 +107,12 @@ def _merged(
         for x in jax.tree.leaves(inputs.curvature)
     ]
     checked = [] if job.recipe.allow_nonfinite else models.values()
-    if is_float(job.merged_leaf(part, name)) and _clean([*checked, *estimates]):
+    if _clean([*checked, *estimates]):
         if not part.layers:
             return merge_sharded(method, _spread(inputs, job.saved_sharding(part, name)))
         layers = enumerate(part.layers)
         return jnp.stack([merge_leaf(x.method, _layer(inputs, i, x, name)) for i, x in layers])
-    # Not floating point, or something is wrong: the merge in memory knows what to do or to say.
+    # Something is wrong: the merge in memory knows what to say.
     found = (
         None
         if inputs.curvature is None

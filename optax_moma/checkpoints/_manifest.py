@@ -14,9 +14,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from ._source import Checkpoint, manifest_path, open_checkpoint
-
-FORMAT = {"format": "optax_moma.manifest", "version": 2}
+from ._source import MANIFEST_FORMAT, Checkpoint, manifest_path, open_checkpoint
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def write_manifest(checkpoint: Path, manifest: Path, content: Mapping[str, Any])
       content: What else it says.
     """
     files = {name: _file_digest(file) for name, file in _files(checkpoint)}
-    content = {**FORMAT, **content, "files": files}
+    content = {**MANIFEST_FORMAT, **content, "files": files}
     manifest.write_text(
         json.dumps({**content, "digest": _own_digest(content)}, indent=1, sort_keys=True) + "\n"
     )

@@ -154,7 +154,8 @@ def load(
       params: The path of the params in the tree; by default they are searched for.
 
     Returns:
-      A tree of dicts and lists. The names of safetensors are split at their dots.
+      A tree of dicts and lists, with None for a leaf that is no array. The names of safetensors are
+      split at their dots.
 
     Raises:
       ValueError: if there is nothing that can be read.
@@ -169,8 +170,9 @@ def load(
     """
     checkpoint = open_checkpoint(Path(path), item, step)
     model = open_model(str(path), checkpoint, params)
-    arrays = checkpoint.read(list(model.stored.values()))
-    return jax.tree.map(lambda name: jnp.asarray(arrays[model.stored[name]]), model.tree)
+    arrays = checkpoint.read([model.stored[name] for name in model.arrays])
+    loaded = {name: jnp.asarray(arrays[model.stored[name]]) for name in model.arrays}
+    return jax.tree.map(loaded.get, model.tree)
 
 
 def _refuse_to_replace(output: Path, force: bool) -> None:

@@ -46,7 +46,7 @@ def metadata(path: Path, item: str | None) -> Any:
             raise ValueError(f"it holds several items, {', '.join(items)}; name one with item:")
         if item is not None and item not in items:
             raise ValueError(f"it has no item {item!r}, only {', '.join(items)}")
-        tree = items[item or ("state" if "state" in items else next(iter(items)))]
+        tree = items.get(item or ("state" if "state" in items else next(iter(items), "")))
     if tree is None:
         raise ValueError("its arrays cannot be opened; it is damaged, or not a tree of arrays")
     # Files hold 64-bit integers whatever JAX computes in.

@@ -80,8 +80,10 @@ class SafetensorsSink:
 
     def __init__(self, staging: Path, name: str, job: Job):
         self.path, self._journal = staging / name, staging / _JOURNAL
-        leaves = {_dotted(name): leaf for name, leaf in _merged_leaves(job).items()}
-        self._writer = _safetensors.Writer(self.path, leaves, _notes(job))
+        leaves = _merged_leaves(job)
+        self._names = {name: _tensor_name(job, name) for name in leaves}
+        tensors = {self._names[name]: leaf for name, leaf in leaves.items()}
+        self._writer = _safetensors.Writer(self.path, tensors, _notes(job))
 
     @staticmethod
     def saved(staging: Path, name: str) -> list[dict[str, Any]]:
@@ -94,7 +96,7 @@ class SafetensorsSink:
         return [json.loads(line) for line in lines]
 
     def write(self, arrays: dict[str, Array], inputs: dict[str, dict[str, str]]) -> dict[str, str]:
-        self._writer.write({_dotted(name): x for name, x in arrays.items()})
+        self._writer.write({self._names[name]: x for name, x in arrays.items()})
         digests = {name: digest(array) for name, array in arrays.items()}
         self._writer.sync()  # The journal never tells of what is not there.
         with self._journal.open("a") as journal:
@@ -116,10 +118,11 @@ def unwritable(job: Job, output: Path) -> list[str]:
         return []
     problems, first = [], {}
     for name, leaf in _merged_leaves(job).items():
-        other = first.setdefault(_dotted(name), name)
+        tensor = _tensor_name(job, name)
+        other = first.setdefault(tensor, name)
         if other != name:
             problems.append(
-                f"{other} and {name} would both be {_dotted(name)} in {output.name}; name an Orbax "
+                f"{other} and {name} would both be {tensor} in {output.name}; name an Orbax "
                 "checkpoint as the output, or give one another name with rename:"
             )
         if not _safetensors.holds(leaf.dtype):
@@ -129,8 +132,13 @@ def unwritable(job: Job, output: Path) -> list[str]:
     return problems
 
 
-def _dotted(name: str) -> str:
-    return name.replace("/", ".")
+def _tensor_name(job: Job, name: str) -> str:
+    """Returns what a leaf is called in a safetensors file: as in that of the first model."""
+    model = next(model for model in job.models.values() if name in model.leaves)
+    tensors, stored = model.checkpoint.tensors, model.stored[name]
+    if tensors is None or not f"/{stored}".endswith(f"/{name}"):  # or it was renamed
+        return name.replace("/", ".")
+    return tensors[stored].name[len(stored) - len(name) :]
 
 
 def _merged_leaves(job: Job) -> dict[str, Abstract]:

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._job import CHUNK_BYTES, Job, leaf_bytes, open_job, passes
+from ._job import CHUNK_BYTES, Job, Part, leaf_bytes, open_job, passes
 from ._memory import peak_bytes
 from ._recipe import Recipe, Rule
-from ._source import Abstract, CurvatureOf, Model
+from ._source import CurvatureOf, Model
 
 
 class PlannedModel(NamedTuple):
@@ -46,7 +46,8 @@ class PlannedRule(NamedTuple):
 
     Attributes:
       match: Its globs; "else", or "(no rule)" for the leaves that no rule matches.
-      action: What is done with them: the method and its numbers, or what they are copied from.
+      action: What is done with them: the method and its numbers, or what they are copied from; of a
+        method of matrices how many of them hold such, and how many it averages.
       names: The leaves' paths.
     """
 
@@ -94,7 +95,8 @@ def plan(
     """Finds out what a merge would do, and everything that is wrong, from metadata.
 
     Of the arrays themselves it keeps a few megabytes at most: of a base and the experts a matrix,
-    or the start of one, to see whether the experts were fine-tuned from that base.
+    or the start of one, to see whether the experts were fine-tuned from that base; and of small
+    leaves of integers, to see whether they are the same in all.
 
     Args:
       recipe: A ``Recipe``, the same as a dict, or the path of its YAML file.
@@ -153,7 +155,7 @@ def _planned_models(job: Job) -> list[PlannedModel]:
     for name, model in job.models.items():
         v = job.curvature.get(name)
         drift, cosine = job.kinship.get(name, (None, None))
-        arrays = [leaf for leaf in model.leaves.values() if isinstance(leaf, Abstract)]
+        arrays = model.arrays.values()
         found.append(
             PlannedModel(
                 name,
@@ -178,18 +180,32 @@ def _kind(model: Model, v: CurvatureOf) -> str:
 
 
 def _planned_rules(job: Job) -> list[PlannedRule]:
-    names: dict[int | None, list[str]] = {}
+    parts: dict[int | None, list[Part]] = {}
     for part in job.parts:
-        names.setdefault(part.rule, []).extend(part.names)
+        parts.setdefault(part.rule, []).append(part)
+
+    def planned(match: str, rule: Rule, index: int | None) -> PlannedRule:
+        found = parts.get(index, [])
+        names = [name for part in found for name in part.names]
+        return PlannedRule(match, _action(job.recipe, rule) + _matrices_text(job, found), names)
+
     rules = [
-        PlannedRule(
-            "else" if rule.otherwise is not None else ", ".join(rule.globs),
-            _action(job.recipe, rule),
-            names.get(i, []),
-        )
+        planned("else" if rule.otherwise is not None else ", ".join(rule.globs), rule, i)
         for i, rule in enumerate(job.recipe.rules)
     ]
-    return [*rules, PlannedRule("(no rule)", _action(job.recipe, Rule.all()), names.get(None, []))]
+    return [*rules, planned("(no rule)", Rule.all(), None)]
+
+
+def _matrices_text(job: Job, parts: list[Part]) -> str:
+    """Says what a method of matrices makes of the leaves; of other methods nothing."""
+    step = next((part.each_matrix for part in parts if part.each_matrix), None)
+    if step is None:
+        return ""
+    held, others = (sum(len(job.by_matrices(part)[i]) for part in parts) for i in (0, 1))
+    said = f": {held} {'matrix' if held == 1 else 'matrices'}"
+    return said + (
+        f", {others} {'averaged' if step.average else 'as in the base'}" if others else ""
+    )
 
 
 def _action(recipe: Recipe, rule: Rule) -> str:

@@ -174,7 +174,8 @@ class Rule(_Strict):
       weights: Other weights of the experts by name; lists are gradients.
       stacked: Whether the leaves are stacks of layers along their first axis, as scanned layers
         are. Each layer is then merged as a leaf of its own, and gradients run over them.
-      keep: "base", or an expert's name: the leaves are copied from there.
+      keep: "base", or an expert's name: the leaves are copied from there, an expert's also if the
+        base lacks them, as it may lack a head.
       otherwise: (``else`` in a recipe.) "base", or a method, for all that no rule matches; it comes
         last.
     """
@@ -453,9 +454,7 @@ def build_method(spec: Any, values: Mapping[str, Any]) -> merging.Step:
         raise ValueError(f"a method is a name, or a mapping with name:, got {spec!r}")
     options = {**options, **values}
     name = options.pop("name")
-    if name not in METHODS:
-        raise ValueError(unknown("method", name, list(METHODS)))
-    known = inspect.signature(METHODS[name]).parameters
+    known = inspect.signature(method_named(name)).parameters
     for option in options:
         if option not in known:
             raise ValueError(unknown(f"option of {name}", str(option), list(known)))
@@ -523,6 +522,25 @@ def _factories(module: types.ModuleType, prefix: str = "") -> dict[str, Any]:
 
 
 METHODS = _factories(merging)
+
+# What mergekit calls otherwise, see ``merging.mergekit``.
+_ELSEWHERE = {"linear": "'average'", "nuslerp": "'slerp'", "passthrough": "a rule with keep:"}
+
+
+def method_named(name: str) -> Any:
+    """Returns the function of a name in a recipe.
+
+    Raises:
+      ValueError: if there is none, with what was probably meant.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    last = name.rsplit(".", 1)[-1]
+    near = [known for known in METHODS if known.rsplit(".", 1)[-1] == last]
+    meant = [repr(known) for known in near or difflib.get_close_matches(name, METHODS, 1)]
+    meant = [_ELSEWHERE[last]] if last in _ELSEWHERE else meant
+    hint = f"did you mean {' or '.join(meant)}? " if meant else ""
+    raise ValueError(f"unknown method {name!r}; {hint}optax-moma methods lists all")
 
 
 def valued(values: Mapping[str, Any], position: float) -> dict[str, Any]:

@@ -47,8 +47,9 @@ _INDEX = _WHOLE + ".index.json"
 
 
 class Tensor(NamedTuple):
-    """Where a tensor lies: its file, dtype, shape, and first byte."""
+    """Where a tensor lies: its file and its name there, dtype, shape, and first byte."""
 
+    name: str
     file: Path
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -142,7 +143,7 @@ def _opened(file: Path) -> Opened:
             raise ValueError(f"{file.name}: the size of {name} is not that of its shape")
         if start + last > file.stat().st_size:
             raise ValueError(f"{file.name} is truncated: it ends before {name} does")
-        tensors[name] = Tensor(file, dtype, shape, start + first)
+        tensors[name] = Tensor(name, file, dtype, shape, start + first)
     return Opened(tensors, notes)
 
 
@@ -155,7 +156,7 @@ def read(places: Mapping[str, Tensor], names: Collection[str]) -> dict[str, np.n
     """Reads tensors by name."""
     result = {}
     for name in names:
-        file, dtype, shape, start = places[name]
+        _, file, dtype, shape, start = places[name]
         flat = _aligned(math.prod(shape) * dtype.itemsize)
         with file.open("rb", buffering=0) as stream:
             stream.seek(start)

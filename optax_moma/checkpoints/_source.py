@@ -23,6 +23,8 @@ Step = int | Literal["latest"] | None
 
 # What a file of curvature says of itself in its header.
 CURVATURE_FORMAT = {"format": "optax_moma.curvature", "version": "1"}
+# And a manifest of itself. Other tools have files of that name too.
+MANIFEST_FORMAT = {"format": "optax_moma.manifest", "version": 2}
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,20 @@ class Checkpoint:
         """Abstract arrays by name."""
         return dict(zip(*named_leaves(self.tree), strict=True))
 
+    def holds(self, path: str) -> bool:
+        """Whether there are leaves at a path in the tree, or below it."""
+        start = _slashed(path).strip("/")
+        return any(name == start or name.startswith(start + "/") for name in self.leaves)
+
     @functools.cached_property
     def digests(self) -> dict[str, str]:
-        """The digest of each leaf that the manifest in the checkpoint has, if it has one."""
-        file = manifest_path(self.path)
-        if not file.exists():
+        """The digest of each leaf in the checkpoint's manifest, if it has one of ours."""
+        try:
+            manifest = json.loads(manifest_path(self.path).read_bytes())
+        except (FileNotFoundError, ValueError):
             return {}
-        return json.loads(file.read_text()).get("leaves", {})
+        ours = isinstance(manifest, dict) and manifest.get("format") == MANIFEST_FORMAT["format"]
+        return manifest.get("leaves", {}) if ours else {}
 
 
 def manifest_path(path: Path) -> Path:
@@ -137,7 +146,8 @@ def open_checkpoint(path: Path, item: str | None = None, step: Step = None) -> C
             return Checkpoint(path, None, tree, places, notes, number)
         tree = _orbax.metadata(path, item)
     except (ValueError, OSError, RuntimeError) as error:
-        raise ValueError(f"{path} cannot be read: {_first_line(error)}") from error
+        said = _no_checkpoint(path) or f"cannot be read: {_first_line(error)}"
+        raise ValueError(f"{path} {said}") from error
     names, _ = named_leaves(tree)
     if len(set(names)) < len(names):
         raise ValueError(f"{path} has two leaves with one path, as a key contains a slash")
@@ -242,9 +252,6 @@ def describe(
         if params is not None:
             raise
         return Description(checkpoint.path, checkpoint.step, leaves, None, None, 0, 0, None)
-    floats = [
-        name for name, leaf in model.leaves.items() if isinstance(leaf, Abstract) and is_float(leaf)
-    ]
     kind, covered, gradients = None, 0, None
     try:
         curvature = open_curvature(model, checkpoint, None, 0.999, None)
@@ -252,10 +259,10 @@ def describe(
         pass  # It holds none.
     else:
         kind, gradients = curvature.kind, curvature.gradients
-        covered = sum(name in curvature.needs for name in floats)
+        covered = sum(name in curvature.needs for name in model.floats)
     where = "/".join(model.prefix)
     return Description(
-        checkpoint.path, model.step, leaves, where, kind, covered, len(floats), gradients
+        checkpoint.path, model.step, leaves, where, kind, covered, len(model.floats), gradients
     )
 
 
@@ -266,7 +273,7 @@ class Model(NamedTuple):
       label: How messages call it: "the base", "expert 'math'".
       checkpoint: Where it lies.
       tree: The params' part of the checkpoint's tree, with the leaf's path at each leaf.
-      leaves: Abstract arrays by leaf path.
+      leaves: Abstract arrays by leaf path, and what else is there: texts, Python's numbers.
       stored: The leaves' names in the checkpoint by leaf path.
       prefix: The path of the params in the checkpoint.
     """
@@ -279,6 +286,16 @@ class Model(NamedTuple):
     prefix: tuple[str, ...]
 
     @property
+    def arrays(self) -> dict[str, Abstract]:
+        """The leaves that are arrays, by leaf path."""
+        return {name: x for name, x in self.leaves.items() if isinstance(x, Abstract)}
+
+    @property
+    def floats(self) -> list[str]:
+        """The paths of the leaves of floating point: what is merged, and may have a curvature."""
+        return [name for name, x in self.arrays.items() if is_float(x)]
+
+    @property
     def step(self) -> int | None:
         """How far it was trained: what is called "step" beside its params, or the folder's step."""
         for depth in range(len(self.prefix), -1, -1):
@@ -287,6 +304,29 @@ class Model(NamedTuple):
             if name not in self.stored.values() and isinstance(leaf, Abstract) and leaf.shape == ():
                 return int(self.checkpoint.read([name])[name])
         return self.checkpoint.step
+
+    def with_leaves(self, other: "Model", names: Collection[str]) -> "Model":
+        """Returns the model with leaves that it lacks, in the places that they have in another.
+
+        Raises:
+          ValueError: if one lies in a list, or below a leaf.
+        """
+        tree = jax.tree.map(lambda name: name, self.tree)  # its dicts are other ones
+        for name in names:
+            node, theirs = tree, other.tree
+            *folders, last = name.split("/")
+            for key in folders:
+                theirs = theirs[key] if isinstance(theirs, dict) else None
+                node = node.setdefault(key, {}) if isinstance(node, dict) else None
+            if not (isinstance(theirs, dict) and isinstance(node, dict)):
+                raise ValueError(
+                    f"{name} of {other.label} cannot be added to {self.label}: it lies in a list, "
+                    "or below a leaf"
+                )
+            node[last] = name
+        return self._replace(
+            tree=tree, leaves=self.leaves | {name: other.leaves[name] for name in names}
+        )
 
 
 def open_model(
@@ -304,7 +344,7 @@ def open_model(
     Raises:
       ValueError: if they are not found, or cannot be renamed.
     """
-    prefix = _found_params(checkpoint) if params is None else _split(checkpoint.tree, params)
+    prefix = _found_params(checkpoint) if params is None else _split(checkpoint, params)
     tree = checkpoint.tree
     for key in prefix:
         tree = tree[int(key)] if isinstance(tree, list) else tree[key]
@@ -391,6 +431,14 @@ class CurvatureOf(NamedTuple):
         arrays = self.checkpoint.read(sorted(names)) if names else {}
         return min((int(np.min(x)) for x in arrays.values()), default=None)
 
+    @property
+    def counts_only(self) -> bool:
+        """Whether the weight of its gradients follows from their number only if b2 is known."""
+        return any(
+            need.kind != "adafactor" and "count" in need.scalars and "nu_weight" not in need.scalars
+            for need in self.needs.values()
+        )
+
     def step(self, model: Model) -> int | None:
         """Returns of which step of training it is; None if nothing tells."""
         if self.checkpoint.tensors is not None:
@@ -453,7 +501,7 @@ def open_curvature(
     names, _ = named_leaves(checkpoint.tree)
     # Each leaf stands for itself by its name, so the places of fields come back as names.
     node = jax.tree.structure(checkpoint.tree).unflatten([_Name(name) for name in names])
-    for key in () if tree is None else _split(checkpoint.tree, tree):
+    for key in () if tree is None else _split(checkpoint, tree):
         node = node[int(key)] if isinstance(node, list) else node[key]
     needs: dict[str, Need] = {}
     for kind, tables, scalars in _curvature.sources(node):
@@ -567,16 +615,16 @@ def _children(tree: Any) -> Iterable[tuple[str, Any]]:
     return ((str(i), x) for i, x in enumerate(tree)) if isinstance(tree, list) else ()
 
 
-def _split(tree: Any, path: str) -> tuple[str, ...]:
-    keys = tuple(key for key in path.replace(".", "/").split("/") if key)
-    node = tree
+def _split(checkpoint: Checkpoint, path: str) -> tuple[str, ...]:
+    keys = tuple(key for key in _slashed(path).split("/") if key)
+    node = checkpoint.tree
     for i, key in enumerate(keys):
         children = dict(_children(node))
         if key not in children:
             near = difflib.get_close_matches(key, children, 1)
             at = "/".join(keys[:i]) or "the top"
             raise ValueError(
-                f"there is no {key!r} at {at} of the checkpoint; "
+                f"{checkpoint.path}: there is no {key!r} at {at}; "
                 + (f"did you mean {near[0]!r}?" if near else f"there is {', '.join(children)}")
             )
         node = children[key]
@@ -600,6 +648,32 @@ def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 def _slashed(name: str) -> str:
     return name.replace(".", "/")
+
+
+def _no_checkpoint(path: Path) -> str | None:
+    """Returns what to say of a path with no mark of a checkpoint; None if it has one."""
+    children = sorted(path.iterdir()) if path.is_dir() else [path]
+    # Orbax opens the items of a checkpoint also where it left no mark above them.
+    if _is_one(path) or any((child / "_METADATA").exists() for child in children):
+        return None
+    torch = [child.name for child in children if child.suffix in (".bin", ".pt", ".pth")]
+    convert = "convert it with save_pretrained(safe_serialization=True)"
+    if path.is_file():
+        return "is no Orbax checkpoint and no safetensors" + (f"; {convert}" if torch else "")
+    inside = [child.name for child in children if _is_one(child)]
+    holds = "it is empty"
+    if torch:
+        holds = f"it holds {', '.join(torch)}: {convert}"
+    elif inside:
+        holds = f"it holds the folders {', '.join(inside)}: name one"
+    elif children:
+        holds = f"it holds {', '.join(child.name for child in children[:10])}"
+    return f"is no Orbax checkpoint and has no *.safetensors; {holds}"
+
+
+def _is_one(path: Path) -> bool:
+    """Whether a path has the marks of a checkpoint."""
+    return _orbax.is_checkpoint(path) or _safetensors.found(path)
 
 
 def _siblings_like(path: Path) -> Path | None:

@@ -7,6 +7,7 @@ written; 130, interrupted.
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import getdoc
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,14 +16,18 @@ from rich.console import Console
 from rich.markup import escape
 
 from ._screen import (
+    STEP,
     counted,
     curvature_text,
     fail,
     in_bytes,
+    kind_of_method,
     leaf_lines,
     new_console,
+    options_of,
     shape_text,
     show_json,
+    show_method,
     show_plan,
     show_table,
     size_row,
@@ -182,6 +187,22 @@ def plan(
 ) -> None:
     """Tell what a merge would do and all that is wrong with it, before any work.
 
+    \b
+    A recipe:
+    base: base            # may have item, step, params, rename, as experts may
+    experts:
+      math: runs/math
+      code: {path: runs/code, weight: 0.5}    # may have curvature
+    method: {name: ties, density: 0.3}        # see optax-moma methods
+    rules:                # the first that matches a leaf decides
+      - {match: "**/bias", method: average}   # or values, weights, stacked, keep
+      - {else: base}
+    ignore: ["head/**"]   # neither read nor written
+    output: {dtype: float32}
+    seed: 0               # for methods that draw
+    check_base: true      # whether the experts were fine-tuned from this base
+    allow_nonfinite: false
+
     Exit code 2 if the merge cannot start.
     """
     with _reported(json) as checkpoints:
@@ -196,6 +217,42 @@ def plan(
         show_plan(found, leaves)
     if found.problems:
         raise typer.Exit(2)
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show the options of this one.")] = None,
+    json: Json = False,
+) -> None:
+    """List the methods that a recipe can name, or tell all of one: its options, what it computes.
+
+    A recipe has method: NAME, or {name: NAME, OPTION: VALUE}, or a list of steps.
+    """
+    with _reported(json):
+        from optax_moma.checkpoints._recipe import METHODS, method_named
+
+        found = METHODS if name is None else {name: method_named(name)}
+    if name is not None:
+        method, documentation = found[name], getdoc(found[name]) or ""
+        if json:
+            show_json({"name": name, "options": options_of(method), "documentation": documentation})
+        else:
+            show_method(name, options_of(method), documentation)
+        return
+    rows = [
+        {"kind": kind_of_method(known, method), "name": known, "summary": summary}
+        for known, method in sorted(found.items(), key=lambda item: ("." in item[0], item[0]))
+        for summary in [(getdoc(method) or "").split("\n")[0].replace("``", "")]
+    ]
+    rows.sort(key=lambda row: row["kind"] == STEP)
+    if json:
+        show_json(rows)
+        return
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        alike = [(row["name"], row["summary"]) for row in rows if row["kind"] == kind]
+        show_table([f"{kind:<25}", ""], alike)
+        new_console().print()
+    new_console().print("optax-moma methods NAME tells all of one.")
 
 
 @app.command()

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any, NoReturn
 
 import typer
@@ -112,6 +113,45 @@ def show_plan(found: Any, leaves: bool) -> None:
     else:
         problems = counted(len(found.problems), "problem")
         console.print(f"\n{problems}: the merge cannot start.")
+
+
+STEP = "step, for a list of them"
+
+
+def kind_of_method(name: str, method: Any) -> str:
+    """What methods are grouped by: what they need, or that they are only a step of one."""
+    from optax_moma.merging._steps import Chain
+
+    if signature(method, eval_str=True).return_annotation is not Chain:
+        return STEP
+    if "." in name:
+        return "as other libraries do"
+    contract = method().contract
+    if contract.gram:
+        return "not in a recipe"  # It needs data.
+    needs = [what for what in ("base", "curvature") if getattr(contract, what)]
+    return f"with {' and '.join(needs)}" if needs else "without a base"
+
+
+def options_of(method: Any) -> dict[str, dict[str, Any]]:
+    """The options of a method by name: whether one is required, or else its default."""
+    options = signature(method).parameters.values()
+    return {
+        x.name: {"required": True} if x.default is x.empty else {"default": x.default}
+        for x in options
+    }
+
+
+def show_method(name: str, options: dict[str, dict[str, Any]], documentation: str) -> None:
+    """Prints a method as a recipe names it with all its options, and what it says of itself."""
+    written = {
+        option: json.dumps(x["default"]).strip('"') if "default" in x else "..."
+        for option, x in options.items()
+    }
+    recipe = ", ".join(f"{option}: {text}" for option, text in {"name": name, **written}.items())
+    console = new_console()
+    console.print(f"[bold]method: {{{escape(recipe)}}}[/]\n", soft_wrap=True)
+    console.print(escape(documentation), soft_wrap=True)
 
 
 def _coverage(found: Any, model: Any) -> str:

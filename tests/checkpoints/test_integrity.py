@@ -397,6 +397,14 @@ def test_a_flipped_bit_of_an_input_with_a_manifest(world, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("text", ["[1]", '{"leaves": ["w"]}', "no json", "{}"])
+def test_a_manifest_of_another_tool(world, tmp_path, text):
+    ocp.save(tmp_path / "a", {"w": np.ones(2)})
+    (tmp_path / "a/manifest.json").write_text(text)
+    recipe = {"experts": {"a": str(tmp_path / "a")}, "method": "average"}
+    assert checkpoints.merge(recipe, tmp_path / "out").leaves == 1
+
+
 def test_verify_needs_a_manifest(world):
     with pytest.raises(ValueError, match="has no manifest"):
         checkpoints.verify(world.folder / "base")

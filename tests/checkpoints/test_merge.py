@@ -522,6 +522,20 @@ class TestSides:
             assert same == (name not in one_sided(spec, {})), name
 
 
+def test_tensors_keep_their_names(tmp_path):
+    """Their paths have slashes here, whether they have dots or slashes in the file."""
+    save_tensors(tmp_path / "a.safetensors", {"enc/w.0": np.ones(3), "enc.b": np.ones(2)})
+    recipe = {"method": "average", "experts": {"a": {"path": str(tmp_path / "a.safetensors")}}}
+    checkpoints.merge(recipe, tmp_path / "out.safetensors")
+    names = _safetensors.opened(tmp_path / "out.safetensors", "").tensors
+    assert sorted(names) == ["enc.b", "enc/w.0"]
+    assert checkpoints.verify(tmp_path / "out.safetensors").problems == []
+    recipe["experts"]["a"] |= {"params": "enc", "rename": {"b": "c/d"}}
+    checkpoints.merge(recipe, tmp_path / "part.safetensors")
+    names = _safetensors.opened(tmp_path / "part.safetensors", "").tensors
+    assert sorted(names) == ["c.d", "w.0"]
+
+
 def test_files_that_cannot_hold_the_leaves(tmp_path):
     tree = {"a.b": {"w": np.ones(2)}, "a": {"b": {"w": np.ones(2)}}, "q": jnp.ones(3, jnp.int4)}
     ocp.save(tmp_path / "a", tree)

@@ -90,7 +90,7 @@ def test_plan_counts(world):
     assert [(rule.match, rule.action, len(rule.names)) for rule in found.rules] == [
         ("layers_*/kernel", "copied from math", 3),
         ("**/bias, embedding", "average", 4),
-        ("(no rule)", "moma", 5),
+        ("(no rule)", "moma: 2 matrices, 2 averaged", 5),
     ]
     assert found.rules[1].names == ["embedding", *(f"layers_{i}/bias" for i in range(3))]
     base, code, math_ = found.models
@@ -108,6 +108,49 @@ def test_plan_counts(world):
     assert found.passes == 1 and found.peak_bytes > 1e8
 
 
+def test_plan_tells_of_rounding(tmp_path):
+    """Of a base in half precision the merge of wide experts may be the base again."""
+    base = {"w": jnp.full((16, 16), 0.02, jnp.bfloat16), "b": jnp.ones(3)}
+    ocp.save(tmp_path / "base", base)
+    ocp.save(tmp_path / "a", {**base, "w": base["w"].astype(jnp.float32) + 1e-5})
+    recipe = {"base": str(tmp_path / "base"), "experts": {"a": str(tmp_path / "a")}}
+    recipe["method"] = "task_arithmetic"
+    said = "w: the experts have float32, but the merge is rounded to bfloat16 as the base is"
+    (warning,) = checkpoints.plan(recipe).warnings
+    assert warning.startswith(said) and "output: {dtype: float32} keeps" in warning
+    assert checkpoints.merge(recipe, tmp_path / "out").warnings == [warning]
+    assert np.array_equal(checkpoints.load(tmp_path / "out")["w"], base["w"])
+    recipe["output"] = {"dtype": "float32"}
+    assert checkpoints.plan(recipe).warnings == []
+    checkpoints.merge(recipe, tmp_path / "wide")
+    assert np.all(checkpoints.load(tmp_path / "wide")["w"] > np.float32(base["w"]))
+
+
+def test_plan_counts_matrices(tmp_path):
+    """Leaves of three axes and more are averaged unless axes fit: plan says so."""
+    shapes = {"q": (4, 2, 3), "token": (1, 1, 4), "w": (4, 4), "bias": (4,)}
+    tree = {f"h_{i}": {k: np.ones(s) for k, s in shapes.items()} for i in range(2)}
+    ocp.save(tmp_path / "a", {**tree, "n": np.arange(2)})
+    recipe = {"base": str(tmp_path / "a"), "experts": {"b": str(tmp_path / "a")}}
+    found = checkpoints.plan(recipe | {"method": "tsv_m"})
+    (rule,), (warning,) = found.rules, found.warnings
+    assert rule.action == "tsv_m: 2 matrices, 6 averaged"
+    assert warning.startswith("the method averages h_{0..1}/q (4, 2, 3): by its axes")
+    assert '{match: "h_{0..1}/q", values: {axes: ...}}' in warning
+    rules = [{"match": "*/q", "values": {"axes": "mnn"}}, {"match": "*/w", "method": "average"}]
+    found = checkpoints.plan(recipe | {"method": [{"name": "umtam"}], "rules": rules[1:]})
+    assert [rule.action for rule in found.rules] == [
+        "average",
+        "umtam: 0 matrices, 6 as in the base",
+    ]
+    found = checkpoints.plan(recipe | {"method": "tsv_m", "rules": rules})
+    assert found.warnings == []
+    assert found.rules[0].action == "tsv_m (axes mnn): 2 matrices"
+    rules = [{"match": "*/{q,token}", "stacked": True}]
+    found = checkpoints.plan(recipe | {"method": "tsv_m", "rules": rules})
+    assert found.warnings == [] and found.rules[0].action.endswith("stacks: 4 matrices")
+
+
 def test_plan_of_two_passes(world):
     steps = [{"name": "trim", "density": 0.3, "scope": "global"}, "elect", "mean"]
     one, three = checkpoints.plan(world.recipe("ties")), checkpoints.plan(world.recipe(steps))
@@ -122,7 +165,9 @@ def test_plan_reads_metadata_only(world, monkeypatch):
 
     def read_numbers(*arguments):
         arrays = read(*arguments)
-        assert all(x.shape == () for x in arrays.values()), "plan reads arrays"
+        # The integers, which are copied, must be alike.
+        large = [n for n, x in arrays.items() if x.shape != () and not n.endswith("buckets")]
+        assert not large, "plan reads arrays"
         return arrays
 
     monkeypatch.setattr(_orbax, "read", read_numbers)
@@ -178,10 +223,33 @@ def test_compare(tmp_path):
     assert first.overlap == pytest.approx(2 / (2 * 2))
     assert last.drift == (0.0, 0.0) and last.conflict == 0.0 and last.overlap is None
 
+    # A base that is nothing but params has no such part.
+    paths = [tmp_path / name for name in ("base", "a", "b")]
+    assert checkpoints.compare(*paths, params="params") == [first, last]
+    with pytest.raises(ValueError, match="base: there is no 'parms' at the top; there is"):
+        checkpoints.compare(*paths, params="parms")
+    with pytest.raises(ValueError, match="a: there is no 'parms' at the top; did you mean"):
+        checkpoints.load(paths[1], params="parms")
+
     ocp.save(tmp_path / "c", {"w": np.ones((2, 2), np.float32)})
     with pytest.raises(ValueError, match="2 problems") as caught:
         checkpoints.compare(tmp_path / "base", tmp_path / "c")
     assert "lacks n, still" in str(caught.value) and "shape (2, 2)" in str(caught.value)
+
+
+def test_leaves_that_are_no_arrays(tmp_path):
+    """Texts and Python's numbers are passed by, as they are by inspect."""
+    params = {"w": jnp.ones((2, 3)), "name": "bert", "layers": [2, jnp.ones(2)]}
+    state = optax.adam(1e-3).init({"w": params["w"], "layers": [None, jnp.ones(2)]})
+    ocp.save(tmp_path / "a", {"params": params, "opt_state": state})
+    loaded = checkpoints.load(tmp_path / "a")
+    assert (loaded["name"], loaded["layers"][0]) == (None, None)
+    assert loaded["layers"][1].shape == (2,)
+    found = checkpoints.compare(tmp_path / "a", tmp_path / "a")
+    assert [(leaf.name, leaf.drift) for leaf in found] == [("layers/1", (0.0,)), ("w", (0.0,))]
+    file = tmp_path / "v.safetensors"
+    checkpoints.export_curvature(tmp_path / "a", file)
+    assert sorted(checkpoints.inspect(file)) == ["layers/1", "w"]
 
 
 def test_memory_of_the_widest_matrix(tmp_path):

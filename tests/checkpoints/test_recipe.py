@@ -284,6 +284,39 @@ class TestZeroCurvature:
         np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("suffix", ["", ".safetensors"])
+def test_an_expert_s_own_leaves_are_kept(tmp_path, equal_bits, suffix):
+    """A head that the base lacks, beside heads of others that are not wanted."""
+    base = {"w": np.ones((2, 3), np.float32)}
+    ocp.save(tmp_path / "base", base)
+    trees = {}
+    for i, name in enumerate("ab"):
+        head = {"kernel": np.full((3, 2), i, np.float32), "bias": np.arange(2)}
+        trees[name] = {"w": base["w"] + 2 * i, "heads": {"out": head, name: np.array(i)}}
+        ocp.save(tmp_path / name, trees[name])
+    recipe = {
+        "base": str(tmp_path / "base"),
+        "experts": {name: str(tmp_path / name) for name in "ab"},
+        "method": "average",
+        "rules": [{"match": "heads/out/*", "keep": "b"}],
+    }
+    (problem,) = [p for p in checkpoints.plan(recipe).problems if "expert 'b'" in p]
+    assert "has leaves that the base lacks: heads/b; leave" in problem
+    recipe["rules"] += [{"match": "heads/*", "keep": "b"}, {"match": "heads/a", "keep": "a"}]
+    found = checkpoints.plan(recipe)
+    assert (found.problems, found.leaves) == ([], 5)
+    output = tmp_path / f"out{suffix}"
+    checkpoints.merge(recipe, output)
+    assert checkpoints.verify(output).problems == []
+    heads = trees["b"]["heads"] | {"a": trees["a"]["heads"]["a"]}
+    merged = checkpoints.load(output)
+    equal_bits(merged, jax.tree.map(jnp.asarray, {"w": base["w"] + 1, "heads": heads}))
+    ocp.save(tmp_path / "c", base | {"heads": [np.ones(2)]})
+    recipe["experts"] = {"c": str(tmp_path / "c")}
+    recipe["rules"] = [{"match": "heads/*", "keep": "c"}]
+    assert "rule 0: heads/0 of expert 'c' cannot be added" in checkpoints.plan(recipe).problems[0]
+
+
 class TestAges:
     def save(self, path, params, count, step):
         nu = jax.tree.map(jnp.ones_like, {k: v for k, v in params.items() if k != "buckets"})
@@ -317,6 +350,19 @@ class TestAges:
                 assert "noisy: it was estimated from 3 gradients" in found.warnings[0]
             else:
                 assert "its optimizer state has seen no gradient" in found.problems[0]
+
+    def test_states_of_different_ages(self, world, tmp_path):
+        """How much each is worth depends on a decay that Adam's state does not record."""
+        recipe = world.recipe("fisher", check_base=False)
+        for name, count in (("code", 20), ("math", 2000)):
+            self.save(tmp_path / name, world.experts[name], count, 7)
+            recipe["experts"][name] = {"path": str(tmp_path / name)}
+        (warning,) = checkpoints.plan(recipe).warnings
+        assert "different numbers of gradients, code 20, math 2,000, and" in warning
+        assert checkpoints.plan({**recipe, "method": "curvature_ties"}).warnings == []
+        for expert in recipe["experts"].values():
+            expert["curvature"] = {"b2": 0.999}
+        assert checkpoints.plan(recipe).warnings == []
 
 
 def test_methods_by_name(world, tmp_path, equal_bits):
