@@ -21,6 +21,7 @@ from optax_moma.merging._inputs import checked_inputs, is_float
 from optax_moma.merging._leaf import Curvature
 from optax_moma.merging._matrices import check_axes, gathered, layout_of
 from optax_moma.merging._moma import gradients
+from optax_moma.merging._spectral import svd
 from optax_moma.merging._steps import Number
 from optax_moma.merging._trees import Tree, each_float, moved, wide
 
@@ -382,12 +383,11 @@ def _projected(state: Opcm, arrival: Tree, alpha: Number, axes: str) -> Opcm:
 
 def _orthogonal(merge: jax.Array, delta: jax.Array, alpha: Number) -> jax.Array:
     """Returns what is left of ``delta`` after the projection, both (m, n)."""
-    u, s, vt = jnp.linalg.svd(merge, full_matrices=False)
+    u, s, vt = svd(merge)
     p = product(product(u.T, delta), vt.T)
     block = jnp.cumsum(s) <= alpha * jnp.sum(s)
-    known = s > s[0] * jnp.finfo(s.dtype).eps * max(merge.shape)
     dropped = (block[:, None] & block) | jnp.eye(s.size, dtype=bool)
-    return delta - product(product(u, jnp.where(dropped & known & known[:, None], p, 0)), vt)
+    return delta - product(product(u, jnp.where(dropped, p, 0)), vt)
 
 
 class PerturbAndMerge(NamedTuple):
