@@ -154,7 +154,7 @@ def _mixed(
         _: jax.Array, delta: jax.Array, weight: jax.Array, new_one: _Arrival
     ) -> tuple[jax.Array, jax.Array]:
         say = jnp.ones_like(weight)
-        if new_one.curvature is not None and normalize:
+        if new_one.curvature is not None and normalize and delta.size:
             say = _metric.relative_power([new_one.curvature], power, delta.dtype)[0]
         elif new_one.curvature is not None:
             row, col = _metric.factors(new_one.curvature, delta.dtype)
@@ -228,7 +228,7 @@ def running_moma(
     def init(base: Tree) -> RunningMoma:
         def sums(b: jax.Array) -> tuple[jax.Array, ...]:
             layout, shapes = layout_of(axes, jnp.shape(b)), ((), (), ())
-            if layout is not None:
+            if layout is not None and jnp.size(b):
                 *stack, m, n = layout.matrix_shape
                 k = math.prod(stack)
                 shapes = ((k, n, n), (k, m, n), (k,))
