@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
 
 from optax_moma.merging._leaf import TaskVectors
 
@@ -89,7 +90,7 @@ def check_number(
     """Raises if a number given in Python is out of range; arrays and tracers are let pass."""
     if isinstance(value, jax.Array):
         return
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
+    if isinstance(value, bool) or not hasattr(value, "__float__") or np.ndim(value):
         raise TypeError(f"{name} must be a number, got {value!r}.")
     if not low <= float(value) <= high or abs(float(value)) == float("inf"):
         span = f"from {low:g} to {high:g}" if high < float("inf") else f"at least {low:g}"

@@ -16,6 +16,7 @@ from optax_moma.merging import (
     drop,
     elect,
     fisher,
+    karcher,
     mean,
     merge,
     moma,
@@ -206,6 +207,8 @@ def test_values_of_weights():
         (lambda: ties("dense"), "density must be a number"),
         (lambda: ties(density=True), "density must be a number"),
         (lambda: scale(None), "scale must be a number"),
+        (lambda: ties(np.array([0.1, 0.2])), "density must be a number"),  # pyright: ignore
+        (lambda: karcher(2.7), "iterations must be an integer, got 2.7"),  # pyright: ignore
     ],
 )
 def test_wrong_types(call, text):
@@ -224,6 +227,7 @@ def test_wrong_types(call, text):
         (lambda: ties(scale=float("inf")), "scale must be finite"),
         (lambda: trim(0.5, by="size"), "'magnitude' or 'saliency'"),  # pyright: ignore
         (lambda: trim(0.5, scope="model"), "'leaf' or 'global'"),  # pyright: ignore
+        (lambda: karcher(-1), "iterations must be at least 0"),
         (lambda: chain(mean(), weigh(1.0)), "put it before mean"),
         (lambda: chain(total(), drop(0.5), elect()), "put it before mean"),
     ],
