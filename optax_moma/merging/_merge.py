@@ -55,7 +55,8 @@ def merge(
       experts: Trees of params, a list or a dict by name.
       base: The params that the experts were fine-tuned from.
       curvature: A tree per expert, a list or a dict as ``experts`` is. It has, for every leaf of
-        the params, an array of its shape, or a ``Factored`` pair, that estimates E[g**2].
+        the params, an array of its shape, or a ``Factored`` pair, that estimates E[g**2]. Leaves
+        that a method averages without it may go without, or have None: for ``moma``, biases.
       weights: A number per expert, 1 by default.
       key: A random key, for methods that draw. The draws depend on the key, the leaf's path and
         the expert's name (its index in a list).

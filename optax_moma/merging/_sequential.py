@@ -237,7 +237,7 @@ def running_moma(
         return RunningMoma(_arrays(base), _zeros(base), *_parts(3, sums, base))
 
     def update(state: RunningMoma, expert: Tree, curvature: Tree | None = None) -> RunningMoma:
-        arrival = _arrival(state.base, expert, curvature, _metric.is_needed(power))
+        arrival = _arrival(state.base, expert, curvature, _metric.is_needed(power), axes)
         return _added(state, arrival, power, axes)
 
     def params(state: RunningMoma) -> Tree:
@@ -484,9 +484,11 @@ class _Arrival(NamedTuple):
     curvature: Curvature | None
 
 
-def _arrival(base: Tree, expert: Tree, curvature: Tree | None, curved: bool) -> Tree:
+def _arrival(
+    base: Tree, expert: Tree, curvature: Tree | None, curved: bool, axes: str | None = None
+) -> Tree:
     """Returns a tree like the base, with an ``_Arrival`` per leaf, after a look at the inputs."""
-    contract = Contract(base=True, curvature=curved, combines=True)
+    contract = Contract(base=True, curvature=curved, axes=axes, combines=True)
     given = None if curvature is None else [curvature]
     inputs = checked_inputs(contract, [expert], base, given, None, None)
     leaves = []

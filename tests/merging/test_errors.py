@@ -144,7 +144,7 @@ def test_what_the_contract_asks_for():
     ],
 )
 def test_a_wrong_curvature_is_named(changes, parts):
-    text = message(moma(), GOOD, base=params(), curvature=bad(**changes))
+    text = message(fisher(), GOOD, curvature=bad(**changes))
     for part in parts:
         assert part in text, text
     if "lacks" not in text and "extra" not in text:
