@@ -227,8 +227,8 @@ def test_a_curvature_is_asked_for_matrices_only():
     for expert, x in zip(trees, kernels, strict=True):
         state = running.update(state, expert, x)
     np.testing.assert_allclose(running.params(state)["b"], whole["b"], rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="the curvature of expert 1 lacks leaves .* has: w;"):
+    with pytest.raises(ValueError, match=r"the curvature of expert 1 lacks leaves .* has: w;"):
         merge(moma(), trees, base=tree(base), curvature=[kernels[0], {}, kernels[2]])
     # Another step of the chain may need it of all leaves.
-    with pytest.raises(ValueError, match="the curvature of expert 0 lacks leaves .* has: b;"):
+    with pytest.raises(ValueError, match=r"the curvature of expert 0 lacks leaves .* has: b;"):
         merge(chain(weigh(1.0), *moma().steps), trees, base=tree(base), curvature=kernels)
