@@ -268,9 +268,7 @@ def _missing_and_extra(label: str, found: Leaves, wanted: Leaves, owner: str) ->
     return problems
 
 
-def _curvature_mismatches(
-    label: str, found: Leaves, wanted: Leaves, axes: str | None
-) -> list[str]:
+def _curvature_mismatches(label: str, found: Leaves, wanted: Leaves, axes: str | None) -> list[str]:
     # None stands for "no curvature", which is right wherever nothing is averaged.
     found = {path: v for path, v in found.items() if v is not None}
     averaged = {path: leaf for path, leaf in wanted.items() if is_float(leaf)}
@@ -449,7 +447,8 @@ def _faulty_values(
                 elif leaf is not other and _has_values(other) and _kind(other) == "other":
                     what = (
                         f"values of dtype {_dtype(leaf)} that differ between the models; what is "
-                        "not floating point is copied, so make it equal or take it out"
+                        "not floating point is copied: give all models the same, or take it out "
+                        "and put one model's back after the merge, as a recipe's rule keep does"
                     )
                     faults.append((where, what, _count_unequal(leaf, other)))
         what = "values that are not finite; leave the batches out that caused them"

@@ -70,7 +70,10 @@ def bad(**changes):
             ["expert 'code', dense/bias", "1 values", "not finite"],
         ),
         (bad(kernel=jnp.full((3, 2), jnp.inf)), ["expert 'code', dense/kernel", "6 values"]),
-        (bad(steps=jnp.array([0, 5])), ["expert 'code', steps", "1 values", "int32", "equal"]),
+        (
+            bad(steps=jnp.array([0, 5])),
+            ["expert 'code', steps", "1 values", "int32", "the same", "take it out"],
+        ),
         (bad(steps="adam"), ["expert 'code', steps", "str is not an array", "take it out"]),
     ],
 )
