@@ -91,8 +91,10 @@ def tsv_m(scale: Number = 1.0, *, axes: str = "mn") -> Chain:
       axes: Which leaves are matrices, one letter per axis: m for fan-in, n for fan-out, b for a
         stack of matrices that are merged one by one. "mn" takes leaves of two axes; "bmn" the
         kernels of layers stacked for a scan; "mnn" and "mmn" attention kernels (fan-in, heads,
-        size) and (heads, size, fan-out); "mmmn" convolutions; "mn bmn" those of two or three axes.
-        In a recipe's rule with ``stacked`` the axis of the layers is not counted.
+        size) and (heads, size, fan-out), "bmnn" and "bmmn" stacks of those; "mmmn" convolutions;
+        "mn bmn" leaves of two or three axes. Leaves of any other number of axes are no matrices.
+        Where those of one number differ, each needs a rule of its own, as in ``moma``. In a
+        recipe's rule with ``stacked`` the axis of the layers is not counted.
 
     Returns:
       A method for ``merge``.
