@@ -1,7 +1,8 @@
 """Globs on leaf paths: which leaves a rule means, what a leaf is called elsewhere, and short lists.
 
 ``*`` stands for anything within one part of a path, ``**`` for any parts, ``?`` for one character,
-``{a,b}`` for one of several texts, ``{0..3}`` for one of a range of numbers.
+``{a,b}`` for one of several texts, ``{0..3}`` for one of a range of numbers. As in bash, a bound
+with a leading zero makes all of them as wide: ``{00..11}`` stands for 00, 01 and so on.
 """
 
 import difflib
@@ -111,7 +112,7 @@ def _regex(glob: str) -> tuple[str, list[str]]:
             low, high = int(token[1]), int(token[2])
             if not low <= high < low + 10_000:
                 raise ValueError(f"{glob!r}: {text} is no range of up to 10,000 rising numbers")
-            result += "(?:" + "|".join(map(str, range(low, high + 1))) + ")"
+            result += "(?:" + "|".join(_numbers(token[1], token[2])) + ")"
         elif text in _WILD:
             wild.append(text)
             result += f"({_WILD[text]})"
@@ -124,6 +125,13 @@ def _regex(glob: str) -> tuple[str, list[str]]:
     if depth:
         raise ValueError(f"{glob!r} has an opening brace without a closing one")
     return result, wild
+
+
+def _numbers(low: str, high: str) -> list[str]:
+    """Returns the numbers of a range, all as wide as the bounds if one has a leading zero."""
+    padded = any(len(bound) > 1 and bound[0] == "0" for bound in (low, high))
+    width = max(len(low), len(high)) if padded else 0
+    return [str(n).zfill(width) for n in range(int(low), int(high) + 1)]
 
 
 def closest(glob: str, names: Sequence[str]) -> str:
@@ -158,7 +166,7 @@ def collapsed(names: Iterable[str]) -> dict[str, list[str]]:
     result: dict[str, list[str]] = {}
     for key, group in groups.items():
         columns = zip(*(re.findall(r"\d+(?=/|\Z)", name) for name in group), strict=True)
-        ranges = [_range(sorted({int(n) for n in column})) for column in columns]
+        ranges = [_range(sorted(set(column), key=lambda n: (int(n), n))) for column in columns]
         glob = key.replace("{}", "\0")
         for text in ranges:
             glob = glob.replace("\0", text, 1)
@@ -166,9 +174,10 @@ def collapsed(names: Iterable[str]) -> dict[str, list[str]]:
     return result
 
 
-def _range(numbers: list[int]) -> str:
+def _range(numbers: list[str]) -> str:
     if len(numbers) == 1:
-        return str(numbers[0])
-    if numbers == list(range(numbers[0], numbers[-1] + 1)):
-        return f"{{{numbers[0]}..{numbers[-1]}}}"
-    return "{" + ",".join(map(str, numbers)) + "}"
+        return numbers[0]
+    low, high = numbers[0], numbers[-1]
+    if int(high) - int(low) == len(numbers) - 1 and _numbers(low, high) == numbers:
+        return f"{{{low}..{high}}}"
+    return "{" + ",".join(numbers) + "}"

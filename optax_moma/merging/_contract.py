@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
 
 from optax_moma.merging._leaf import TaskVectors
 
@@ -13,6 +14,7 @@ class Contract(NamedTuple):
     Attributes:
       base: Whether a base is required.
       curvature: Whether every expert needs a curvature.
+      axes: Which leaves' curvature is read, as the ``axes`` of ``tsv_m`` say it, or None: of all.
       gram: Whether the curvature of a matrix is the Gram (fan-in, fan-in) of its inputs, instead of
         an estimate for each entry; leaves may then go without.
       key: Whether a random key is required.
@@ -27,6 +29,7 @@ class Contract(NamedTuple):
 
     base: bool = False
     curvature: bool = False
+    axes: str | None = None
     gram: bool = False
     key: bool = False
     nonnegative_weights: bool = False
@@ -39,9 +42,11 @@ class Contract(NamedTuple):
     def union(self, other: "Contract") -> "Contract":
         """Returns what is asked by two steps together."""
         limits = [m for m in (self.max_experts, other.max_experts) if m is not None]
+        read = {contract.axes for contract in (self, other) if contract.curvature}
         return Contract(
             base=self.base or other.base,
             curvature=self.curvature or other.curvature,
+            axes=read.pop() if len(read) == 1 else None,
             gram=self.gram or other.gram,
             key=self.key or other.key,
             nonnegative_weights=self.nonnegative_weights or other.nonnegative_weights,
@@ -89,7 +94,7 @@ def check_number(
     """Raises if a number given in Python is out of range; arrays and tracers are let pass."""
     if isinstance(value, jax.Array):
         return
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
+    if isinstance(value, bool) or not hasattr(value, "__float__") or np.ndim(value):
         raise TypeError(f"{name} must be a number, got {value!r}.")
     if not low <= float(value) <= high or abs(float(value)) == float("inf"):
         span = f"from {low:g} to {high:g}" if high < float("inf") else f"at least {low:g}"

@@ -10,8 +10,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from optax_moma._checks import check_integer
 from optax_moma.merging import _metric, _steps
-from optax_moma.merging._contract import Contract, Step, check_number
+from optax_moma.merging._contract import Contract, Step
 from optax_moma.merging._leaf import TaskVectors, combined, heard, per_expert, sum_experts
 from optax_moma.merging._steps import Chain, chain
 from optax_moma.merging._sums import fixed_sum
@@ -184,7 +185,8 @@ def karcher(iterations: int = 10) -> Chain:
       A method for ``merge``.
 
     Raises:
-      ValueError: if the number of iterations is negative.
+      TypeError: if the number of iterations is no integer.
+      ValueError: if it is negative.
 
     Example:
       >>> from optax_moma.merging import karcher, merge
@@ -194,8 +196,7 @@ def karcher(iterations: int = 10) -> Chain:
 
     Source: Karcher 1977, "Riemannian center of mass and mollifier smoothing".
     """
-    check_number("iterations", iterations, 0)
-    return chain(Karcher(int(iterations)))
+    return chain(Karcher(check_integer("iterations", iterations, 0)))
 
 
 def multislerp() -> Chain:

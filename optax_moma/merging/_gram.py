@@ -16,6 +16,7 @@ from optax_moma.merging import _metric, _select, _steps
 from optax_moma.merging._contract import Contract, check_number
 from optax_moma.merging._leaf import TaskVectors, combined, heard, per_expert, sum_experts
 from optax_moma.merging._matrices import EachMatrix, check_axes
+from optax_moma.merging._spectral import svd
 from optax_moma.merging._steps import Chain, Number, chain
 
 
@@ -390,9 +391,8 @@ class Doge:
 
         # The paper's U, of the output side, is on the right of a kernel.
         k, rank = x.shape[0], min(x.shape[1:])
-        own = jnp.linalg.svd(x, full_matrices=False)[2][:, : max(1, rank // k)]
-        shared = jnp.linalg.svd(own.reshape(-1, x.shape[2]), full_matrices=False)[2]
-        shared = shared[: rank // self.subspace]
+        own = svd(x)[2][:, : max(1, rank // k)]
+        shared = svd(own.reshape(-1, x.shape[2]))[2][: rank // self.subspace]
 
         def gradient(shift: jax.Array) -> jax.Array:
             clash = jnp.sum(x * (x - total - whole * shift), axis=1, keepdims=True)
@@ -424,6 +424,9 @@ def doge(
     the complement of the shared subspace: the leading r / subspace directions of the outputs among
     the leading r / k ones of each d_t, r the smaller side. Then, m_t keeping the largest entries of
     d_t, merged = base + sum_t l_t m_t (d_t + S).
+
+    Directions of no strength are left out, as in ``tsv_m``. Of directions that are shared alike, as
+    all are where one expert alone has changed a matrix, rounding decides which lead.
 
     Needs a base; takes any number of experts, with weights that are not negative. Leaves that are
     no matrices are averaged (in the published code they stay at the base). Entries are kept matrix

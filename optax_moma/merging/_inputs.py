@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from optax_moma._moments import Factored
 from optax_moma.merging._contract import Contract
-from optax_moma.merging._matrices import gram_layout
+from optax_moma.merging._matrices import gram_layout, layout_of
 
 Path = tuple[str, ...]
 Leaves = dict[Path, Any]
@@ -115,7 +115,7 @@ def checked_inputs(
         if contract.gram:
             problems += _gram_mismatches(label, found, wanted)
         else:
-            problems += _curvature_mismatches(label, found, wanted)
+            problems += _curvature_mismatches(label, found, wanted, contract.axes)
     if contract.gram:
         problems += _unequal_grams([found for _, found in curvatures])
     if not contract.curvature:
@@ -268,13 +268,18 @@ def _missing_and_extra(label: str, found: Leaves, wanted: Leaves, owner: str) ->
     return problems
 
 
-def _curvature_mismatches(label: str, found: Leaves, wanted: Leaves) -> list[str]:
+def _curvature_mismatches(label: str, found: Leaves, wanted: Leaves, axes: str | None) -> list[str]:
     # None stands for "no curvature", which is right wherever nothing is averaged.
     found = {path: v for path, v in found.items() if v is not None}
     averaged = {path: leaf for path, leaf in wanted.items() if is_float(leaf)}
     ignored = {path: leaf for path, leaf in wanted.items() if path not in averaged}
     found = {path: v for path, v in found.items() if path not in ignored}
-    problems = _missing_and_extra(label, found, averaged, "the model")
+    needed = {
+        path: leaf
+        for path, leaf in averaged.items()
+        if path in found or axes is None or layout_of(axes, np.shape(leaf)) is not None
+    }
+    problems = _missing_and_extra(label, found, needed, "the model")
     for path, v in found.items():
         where = f"{label}, {path_text(path)}"
         parts = v if isinstance(v, Factored) else (v,)
@@ -442,7 +447,8 @@ def _faulty_values(
                 elif leaf is not other and _has_values(other) and _kind(other) == "other":
                     what = (
                         f"values of dtype {_dtype(leaf)} that differ between the models; what is "
-                        "not floating point is copied, so make it equal or take it out"
+                        "not floating point is copied: give all models the same, or take it out "
+                        "and put one model's back after the merge, as a recipe's rule keep does"
                     )
                     faults.append((where, what, _count_unequal(leaf, other)))
         what = "values that are not finite; leave the batches out that caused them"

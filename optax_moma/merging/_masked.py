@@ -14,10 +14,10 @@ import optax
 
 from optax_moma._tree import named_leaves
 from optax_moma.merging import _metric
-from optax_moma.merging._contract import Contract, check_number
+from optax_moma.merging._contract import Contract
 from optax_moma.merging._inputs import checked_inputs, is_float
 from optax_moma.merging._leaf import sum_experts
-from optax_moma.merging._masks import own_entries
+from optax_moma.merging._masks import checked_threshold, own_entries
 from optax_moma.merging._steps import Number
 from optax_moma.merging._trees import Tree, each_float, moved, wide
 
@@ -91,7 +91,10 @@ def _elected(x: jax.Array) -> _Leaf:
 
 
 def tall_masks(
-    experts: Sequence[Tree] | Mapping[str, Tree], *, base: Tree, threshold: Number = 0.4
+    experts: Sequence[Tree] | Mapping[str, Tree],
+    *,
+    base: Tree,
+    threshold: Number | np.ndarray = 0.4,
 ) -> MaskedExperts:
     """Adds the task vectors up, and gives each expert a mask of what is its own in the sum.
 
@@ -123,8 +126,8 @@ def tall_masks(
     Source: Wang et al. 2024, "Localizing Task Information for Improved Model Merging and
     Compression" (arXiv 2405.07813), equation 3.
     """
-    check_number("threshold", threshold, 0)
-    return _masked(lambda x: _own(x, threshold), experts, base)
+    number = checked_threshold(threshold)
+    return _masked(lambda x: _own(x, number), experts, base)
 
 
 @jax.jit

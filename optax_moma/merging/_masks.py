@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_moma._checks import check_integer
 from optax_moma._matrix import reshard, sharding_of
@@ -70,11 +71,15 @@ def band(density: Number, top: Number = 0.01) -> Band:
     """
     check_number("density", density, 0, 1)
     check_number("top", top, 0, 1)
-    if not isinstance(density, jax.Array) and not isinstance(top, jax.Array) and density + top > 1:
-        raise ValueError(
-            f"density + top must be at most 1, got {density} + {top}; lower one of them."
-        )
+    _check_sum("density + top", density, top)
     return Band(density, top)
+
+
+def _check_sum(name: str, a: Number, b: Number) -> None:
+    """Raises if two numbers given in Python are more than 1 together."""
+    # Not a > 1 - b: in floating point 1 - 0.9 is less than 0.1.
+    if not isinstance(a, jax.Array) and not isinstance(b, jax.Array) and a + b > 1:
+        raise ValueError(f"{name} must be at most 1, got {a} + {b}; lower one of them.")
 
 
 def breadcrumbs(density: Number = 0.9, top: Number = 0.01, scale: Number = 0.3) -> Chain:
@@ -221,8 +226,8 @@ def drop_by_magnitude(
     Source: Deep et al. 2024, "DELLA-Merging" (arXiv 2406.11617).
     """
     check_number("density", density, 0, 1)
-    if not isinstance(density, jax.Array):
-        check_number("spread", spread, 0, min(float(density), 1 - float(density)))
+    check_number("spread", spread, 0, 1 if isinstance(density, jax.Array) else float(density))
+    _check_sum("density + spread", density, spread)
     return DropByMagnitude(density, spread, check_axes(axes), bool(rescale))
 
 
@@ -505,12 +510,27 @@ class Consensus:
 
 def own_entries(x: jax.Array, threshold: Number) -> jax.Array:
     """Returns the TALL masks of k task vectors, with one threshold or one per expert."""
-    if isinstance(threshold, jax.Array) and threshold.ndim:
-        threshold = per_expert(threshold, x)
+    if jnp.ndim(threshold):
+        if jnp.shape(threshold) != x.shape[:1]:
+            raise ValueError(
+                f"threshold must be a number, or an array with one for each of the {len(x)} "
+                f"experts, got the shape {jnp.shape(threshold)}."
+            )
+        threshold = per_expert(jnp.asarray(threshold), x)
     return jnp.abs(x) > threshold * jnp.abs(sum_experts(x) - x)
 
 
-def consensus(threshold: Number = 0.4, experts: int = 2) -> Consensus:
+def checked_threshold(threshold: Number | np.ndarray) -> Number:
+    """Returns a threshold of TALL masks, which may be an array, after a look at its numbers."""
+    if not isinstance(threshold, np.ndarray):
+        check_number("threshold", threshold, 0)
+        return threshold
+    for number in threshold.flat:
+        check_number("threshold", number, 0)
+    return jnp.asarray(threshold)
+
+
+def consensus(threshold: Number | np.ndarray = 0.4, experts: int = 2) -> Consensus:
     """Keeps the entries that matter to several experts.
 
     m_t = [|w_t d_t| > threshold * |sum_s w_s d_s - w_t d_t|] (the TALL mask of expert t);
@@ -540,8 +560,7 @@ def consensus(threshold: Number = 0.4, experts: int = 2) -> Consensus:
     Source: Wang et al. 2024, "Localizing Task Information for Improved Model Merging and
     Compression" (arXiv 2405.07813).
     """
-    check_number("threshold", threshold, 0)
-    return Consensus(threshold, check_integer("experts", experts, 1))
+    return Consensus(checked_threshold(threshold), check_integer("experts", experts, 1))
 
 
 @jax.tree_util.register_dataclass
@@ -581,7 +600,7 @@ def largest() -> Largest:
 def magmax(scale: Number = 0.5) -> Chain:
     """Takes the largest entries of all task vectors.
 
-    merged = base + scale * d_s, s = argmax_t |w_t d_t|, entrywise.
+    merged = base + scale * w_s d_s, s = argmax_t |w_t d_t|, entrywise.
 
     Needs a base; takes any number of experts. Meant for experts that were fine-tuned one after the
     other, each from the one before, on tasks that arrive in sequence; takes others as well.

@@ -31,8 +31,8 @@ class EachMatrix:
 
     @property
     def contract(self) -> Contract:
-        """What the step asks for, and whole leaves."""
-        return self.step.contract._replace(whole=True)
+        """What the step asks for, a curvature of matrices only, and whole leaves."""
+        return self.step.contract._replace(axes=self.axes, whole=True)
 
     def __call__(self, leaf: TaskVectors) -> TaskVectors:
         """Combines the experts."""

@@ -41,7 +41,8 @@ def merge(
     A pure function: it can be jitted, and differentiated with respect to the numbers of the
     method, the weights and the params. All is computed in float32 (float64 for float64 leaves) and
     cast once, at the end. Leaves that are not floating point are copied; they must be equal in all
-    models. Experts given by name are merged in the order of their names.
+    models, whatever the method: take others out, as ``nnx.state(model, nnx.Param)`` of Flax NNX
+    does with keys of random numbers. Experts given by name are merged in the order of their names.
 
     Sharded leaves stay sharded, and have the bits of a merge on one device, whatever the sharding
     (the last bits may differ where ``merge`` itself is inside a ``jit``, and where a method needs
@@ -55,14 +56,16 @@ def merge(
       experts: Trees of params, a list or a dict by name.
       base: The params that the experts were fine-tuned from.
       curvature: A tree per expert, a list or a dict as ``experts`` is. It has, for every leaf of
-        the params, an array of its shape, or a ``Factored`` pair, that estimates E[g**2].
+        the params, an array of its shape, or a ``Factored`` pair, that estimates E[g**2]. Leaves
+        that a method averages without it may go without, or have None: for ``moma``, biases.
       weights: A number per expert, 1 by default.
       key: A random key, for methods that draw. The draws depend on the key, the leaf's path and
         the expert's name (its index in a list).
 
     Returns:
       A tree like the base (else the first expert), in the base's dtypes (else those that hold all
-      the experts').
+      the experts'). A bfloat16 base has float32 experts' merge rounded to bfloat16, an average too,
+      and small task vectors may be lost: cast the base to float32 first to keep them.
 
     Raises:
       TypeError: if an argument is of the wrong type.

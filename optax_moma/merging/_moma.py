@@ -68,15 +68,19 @@ def moma(
     W minimises sum_t tr((W - d_t) B_t (W - d_t)^T) + c |W - M|**2, c = ridge * tr(B) / n:
     W = M + sum_t (d_t - M) B_t (B + c I)^-1; merged = base + scale * W.
 
-    All other leaves are averaged. Experts that agree are left as they are; where they were trained
-    along different outputs, each has its own way. Each expert's curvature is normalised, so that
-    its batch size, loss scale or number of steps does not matter; an expert that did not change a
-    matrix, or whose curvature of it is all zero, has no say in it.
+    All other leaves are averaged, and with the default ``axes`` that is every leaf of three axes or
+    more: Flax's attention kernels, and layers stacked for a scan. No one string fits them all; give
+    ``merge`` rules for them, as below.
 
-    Needs a base, and a curvature unless its power is 0; takes any number of experts, with weights
-    that are not negative. Per matrix, k products of n x n and one Cholesky factorisation of that
-    size, or of k m x k m where that is smaller, as in an output layer of many words. Entry by
-    entry, and so many times as fast on a CPU, is ``curvature_ties``.
+    Experts that agree are left as they are; where they were trained along different outputs, each
+    has its own way. Each expert's curvature is normalised, so that its batch size, loss scale or
+    number of steps does not matter; an expert that did not change a matrix, or whose curvature of
+    it is all zero, has no say in it.
+
+    Needs a base, and a curvature of the matrices unless its power is 0; takes any number of
+    experts, with weights that are not negative. Per matrix, k products of n x n and one Cholesky
+    factorisation of that size, or of k m x k m where that is smaller, as in an output layer of many
+    words. Entry by entry, and so many times as fast on a CPU, is ``curvature_ties``.
 
     Args:
       scale: The factor of the merged task vector.
@@ -102,6 +106,18 @@ def moma(
       >>> merge(moma(), [{"w": one}, {"w": two}], base=base, curvature=curvature)["w"].round(1)
       Array([[1.9, 0. ],
              [1.9, 3.8]], dtype=float32)
+
+      Rules for attention in Flax: the kernels of queries, keys and values are (fan-in, heads,
+      size), that of the output (heads, size, fan-out), and biases (heads, size) are no matrices.
+      Stacked for a scan they have a b in front: "bmnn", "bmmn", and "bmn" for the rest.
+
+      >>> from optax_moma.merging import average
+      >>> methods = [
+      ...     ("**/{bias,scale}", average()),
+      ...     ("**/{query,key,value}/kernel", moma(axes="mnn")),
+      ...     ("**/out/kernel", moma(axes="mmn")),
+      ...     ("**", moma()),
+      ... ]
 
     Source: this library. The least squares are those of RegMean (arXiv 2212.09849), Grams from task
     vectors those of WUDI (arXiv 2503.08099), here of the outputs, and of gradients; the metric is a

@@ -21,6 +21,7 @@ from optax_moma.merging._inputs import checked_inputs, is_float
 from optax_moma.merging._leaf import Curvature
 from optax_moma.merging._matrices import check_axes, gathered, layout_of
 from optax_moma.merging._moma import gradients
+from optax_moma.merging._spectral import svd
 from optax_moma.merging._steps import Number
 from optax_moma.merging._trees import Tree, each_float, moved, wide
 
@@ -153,7 +154,7 @@ def _mixed(
         _: jax.Array, delta: jax.Array, weight: jax.Array, new_one: _Arrival
     ) -> tuple[jax.Array, jax.Array]:
         say = jnp.ones_like(weight)
-        if new_one.curvature is not None and normalize:
+        if new_one.curvature is not None and normalize and delta.size:
             say = _metric.relative_power([new_one.curvature], power, delta.dtype)[0]
         elif new_one.curvature is not None:
             row, col = _metric.factors(new_one.curvature, delta.dtype)
@@ -227,7 +228,7 @@ def running_moma(
     def init(base: Tree) -> RunningMoma:
         def sums(b: jax.Array) -> tuple[jax.Array, ...]:
             layout, shapes = layout_of(axes, jnp.shape(b)), ((), (), ())
-            if layout is not None:
+            if layout is not None and jnp.size(b):
                 *stack, m, n = layout.matrix_shape
                 k = math.prod(stack)
                 shapes = ((k, n, n), (k, m, n), (k,))
@@ -236,7 +237,7 @@ def running_moma(
         return RunningMoma(_arrays(base), _zeros(base), *_parts(3, sums, base))
 
     def update(state: RunningMoma, expert: Tree, curvature: Tree | None = None) -> RunningMoma:
-        arrival = _arrival(state.base, expert, curvature, _metric.is_needed(power))
+        arrival = _arrival(state.base, expert, curvature, _metric.is_needed(power), axes)
         return _added(state, arrival, power, axes)
 
     def params(state: RunningMoma) -> Tree:
@@ -382,12 +383,11 @@ def _projected(state: Opcm, arrival: Tree, alpha: Number, axes: str) -> Opcm:
 
 def _orthogonal(merge: jax.Array, delta: jax.Array, alpha: Number) -> jax.Array:
     """Returns what is left of ``delta`` after the projection, both (m, n)."""
-    u, s, vt = jnp.linalg.svd(merge, full_matrices=False)
+    u, s, vt = svd(merge)
     p = product(product(u.T, delta), vt.T)
     block = jnp.cumsum(s) <= alpha * jnp.sum(s)
-    known = s > s[0] * jnp.finfo(s.dtype).eps * max(merge.shape)
     dropped = (block[:, None] & block) | jnp.eye(s.size, dtype=bool)
-    return delta - product(product(u, jnp.where(dropped & known & known[:, None], p, 0)), vt)
+    return delta - product(product(u, jnp.where(dropped, p, 0)), vt)
 
 
 class PerturbAndMerge(NamedTuple):
@@ -484,9 +484,11 @@ class _Arrival(NamedTuple):
     curvature: Curvature | None
 
 
-def _arrival(base: Tree, expert: Tree, curvature: Tree | None, curved: bool) -> Tree:
+def _arrival(
+    base: Tree, expert: Tree, curvature: Tree | None, curved: bool, axes: str | None = None
+) -> Tree:
     """Returns a tree like the base, with an ``_Arrival`` per leaf, after a look at the inputs."""
-    contract = Contract(base=True, curvature=curved, combines=True)
+    contract = Contract(base=True, curvature=curved, axes=axes, combines=True)
     given = None if curvature is None else [curvature]
     inputs = checked_inputs(contract, [expert], base, given, None, None)
     leaves = []

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_moma._checks import check_integer
-from optax_moma.merging import _steps
+from optax_moma.merging import _metric, _steps
 from optax_moma.merging._contract import Contract, Step, check_number
 from optax_moma.merging._leaf import TaskVectors, combined, heard, per_expert, sum_experts
 from optax_moma.merging._matrices import EachMatrix, check_axes
@@ -20,19 +20,35 @@ from optax_moma.merging._steps import Chain, Number, chain
 _CONTRACT = Contract(base=True, nonnegative_weights=True, combines=True)
 
 
+def svd(x: jax.Array, size: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns U, S, V^T of a matrix, or of a stack; a direction of no strength is zero in all.
+
+    The vectors of a singular value that is rounding only are whatever the decomposition came up
+    with: no merge may depend on them. ``size`` is a norm of what x was computed from, which has
+    left its rounding in x; by default x itself.
+    """
+    u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+    largest = s[..., :1] if size is None else size
+    known = s > largest * jnp.finfo(s.dtype).eps * max(x.shape[-2:])
+    return u * known[..., None, :], s * known, vt * known[..., None]
+
+
+def _mean_strength(s: jax.Array) -> jax.Array:
+    """Returns the mean of the singular values that are not zero."""
+    # The second factor is one at full rank, so that there the mean has the bits of a mean of all.
+    return jnp.mean(s) * (s.size / _metric.nonzero(jnp.sum(s > 0)))
+
+
 def _polar(x: jax.Array) -> jax.Array:
-    """Returns the matrix with orthonormal columns (or rows) nearest to x."""
-    u, _, vt = _svd(x)
+    """Returns the matrix with orthonormal columns (or rows) nearest to x, within its span."""
+    u, _, vt = svd(x)
     return jnp.matmul(u, vt, precision="highest")
 
 
-def _svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    u, s, vt = jnp.linalg.svd(x, full_matrices=False)
-    return u, s, vt
-
-
-def _leading(x: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    u, s, vt = _svd(x)
+def _leading(
+    x: jax.Array, rank: int, size: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    u, s, vt = svd(x, size)
     return u[:, :rank], s[:rank], vt[:rank]
 
 
@@ -63,6 +79,10 @@ def tsv_m(scale: Number = 1.0, *, axes: str = "mn") -> Chain:
     w_t d_t = U_t S_t V_t^T; U, S, V hold the leading r / k columns of each; merged = base + scale *
     polar(U) S polar(V)^T, polar(X) = P Q^T where X = P D Q^T.
 
+    Directions of no strength, their singular values being zero to rounding, are left out: of an
+    expert of low rank (LoRA), or that left the matrix as it was. The published code takes those
+    that the decomposition chose at random.
+
     Needs a base; takes any number of experts, with weights that are not negative. Leaves that are
     no matrices are averaged.
 
@@ -71,8 +91,10 @@ def tsv_m(scale: Number = 1.0, *, axes: str = "mn") -> Chain:
       axes: Which leaves are matrices, one letter per axis: m for fan-in, n for fan-out, b for a
         stack of matrices that are merged one by one. "mn" takes leaves of two axes; "bmn" the
         kernels of layers stacked for a scan; "mnn" and "mmn" attention kernels (fan-in, heads,
-        size) and (heads, size, fan-out); "mmmn" convolutions; "mn bmn" those of two or three axes.
-        In a recipe's rule with ``stacked`` the axis of the layers is not counted.
+        size) and (heads, size, fan-out), "bmnn" and "bmmn" stacks of those; "mmmn" convolutions;
+        "mn bmn" leaves of two or three axes. Leaves of any other number of axes are no matrices.
+        Where those of one number differ, each needs a rule of its own, as in ``moma``. In a
+        recipe's rule with ``stacked`` the axis of the layers is not counted.
 
     Returns:
       A method for ``merge``.
@@ -101,14 +123,17 @@ class IsoC:
 
     def __call__(self, leaf: TaskVectors) -> TaskVectors:
         """Combines the task vectors of a matrix."""
-        u, s, vt = _svd(sum_experts(leaf.weight * leaf.delta))
-        return combined(leaf, _product(u, jnp.full_like(s, jnp.mean(s)), vt))
+        u, s, vt = svd(sum_experts(leaf.weight * leaf.delta))
+        return combined(leaf, _product(u, jnp.full_like(s, _mean_strength(s)), vt))
 
 
 def iso_c(scale: Number = 1.0, *, axes: str = "mn") -> Chain:
     """Adds the experts up and gives all directions of the sum the same strength.
 
     sum_t w_t d_t = U S V^T; merged = base + scale * mean(S) U V^T.
+
+    Directions of no strength are left out, as in ``tsv_m``, of the mean too: the singular values
+    add up to what they did before. The published code has all min(fan-in, fan-out) in the mean.
 
     Needs a base; takes any number of experts, with weights that are not negative. Leaves that are
     no matrices are averaged.
@@ -153,10 +178,11 @@ class IsoCts:
         parts = [_leading(sum_experts(x), shared)]
         u = parts[0][0]
         rest = x - jnp.einsum("ir,jr,kjo->kio", u, u, x, precision="highest")
-        parts += [_leading(rest_t, own) for rest_t in rest]
+        sizes = jnp.linalg.norm(x, axis=(1, 2))
+        parts += [_leading(rest_t, own, size) for rest_t, size in zip(rest, sizes, strict=True)]
         us, ss, vts = zip(*parts, strict=True)
         s = jnp.concatenate(ss)
-        flat = jnp.full_like(s, jnp.mean(s))
+        flat = jnp.full_like(s, _mean_strength(s))
         u, vt = _polar(jnp.concatenate(us, axis=1)), _polar(jnp.concatenate(vts))
         return combined(leaf, _product(u, flat, vt).T)
 
@@ -167,6 +193,7 @@ def iso_cts(scale: Number = 1.0, common: float = 0.8, *, axes: str = "mn") -> Ch
     A share ``common`` of the r directions are the leading ones of sum_t w_t d_t, with U of the
     output side; each expert adds the leading s = round((1 - common) r / k) of what is left of
     w_t d_t outside of U. All are made orthogonal, and given the mean of their singular values.
+    Directions of no strength are left out, of the mean too, as in ``iso_c``.
 
     Needs a base; takes any number of experts, with weights that are not negative. Leaves that are
     no matrices are averaged.
@@ -213,11 +240,10 @@ class Knots:
         """Combines the task vectors of a matrix."""
         k, m, n = leaf.delta.shape
         x, say = heard(leaf)
-        u, s, vt = _svd(x.reshape(k * m, n))
+        # Without the directions that are rounding only, which would count as entries in a trim.
+        u, s, vt = svd(x.reshape(k * m, n))
         rank = min(s.size, s.size if self.rank is None else self.rank)
-        # Singular values that are rounding only would otherwise count as entries in a trim.
-        noise = s <= s[0] * jnp.finfo(s.dtype).eps * max(k * m, n)
-        own = (u * jnp.where(noise, 0, s))[:, :rank].reshape(k, m, rank)
+        own = (u * s)[:, :rank].reshape(k, m, rank)
         weight = per_expert(say, own) * jnp.ones_like(own)
         merged = self.inner(TaskVectors(own, weight, jnp.zeros_like(own[0]), None, leaf.keys))
         coefficients = (merged.weight * merged.delta)[0]

@@ -12,9 +12,9 @@ methods, and what they are here:
 - ``multislerp``: ``multislerp()``
 - ``karcher``: ``karcher()`` with equal weights
 - ``model_stock``: ``model_stock()``, which never lets the ratio fall below zero
-- ``passthrough``: a recipe's rule ``keep:``
-
-There is nothing here like ``nearswap``, ``arcee_fusion``, ``ram`` and ``ramplus_tl``.
+There is nothing here like ``passthrough``, which stacks layers of several models and scales them
+(a recipe's rule ``keep:`` takes leaves of one model as they are, in their own places), nor like
+``nearswap``, ``arcee_fusion``, ``ram`` and ``ramplus_tl``.
 
 ``normalize`` of a method without an election divides by the sum of the weights: give weights that
 add up to one. Weights below zero are refused where a sum is divided by them: mergekit lets them

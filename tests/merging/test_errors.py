@@ -16,6 +16,7 @@ from optax_moma.merging import (
     drop,
     elect,
     fisher,
+    karcher,
     mean,
     merge,
     moma,
@@ -69,7 +70,10 @@ def bad(**changes):
             ["expert 'code', dense/bias", "1 values", "not finite"],
         ),
         (bad(kernel=jnp.full((3, 2), jnp.inf)), ["expert 'code', dense/kernel", "6 values"]),
-        (bad(steps=jnp.array([0, 5])), ["expert 'code', steps", "1 values", "int32", "equal"]),
+        (
+            bad(steps=jnp.array([0, 5])),
+            ["expert 'code', steps", "1 values", "int32", "the same", "take it out"],
+        ),
         (bad(steps="adam"), ["expert 'code', steps", "str is not an array", "take it out"]),
     ],
 )
@@ -143,7 +147,7 @@ def test_what_the_contract_asks_for():
     ],
 )
 def test_a_wrong_curvature_is_named(changes, parts):
-    text = message(moma(), GOOD, base=params(), curvature=bad(**changes))
+    text = message(fisher(), GOOD, curvature=bad(**changes))
     for part in parts:
         assert part in text, text
     if "lacks" not in text and "extra" not in text:
@@ -206,6 +210,8 @@ def test_values_of_weights():
         (lambda: ties("dense"), "density must be a number"),
         (lambda: ties(density=True), "density must be a number"),
         (lambda: scale(None), "scale must be a number"),
+        (lambda: ties(np.array([0.1, 0.2])), "density must be a number"),  # pyright: ignore
+        (lambda: karcher(2.7), "iterations must be an integer, got 2.7"),  # pyright: ignore
     ],
 )
 def test_wrong_types(call, text):
@@ -224,6 +230,7 @@ def test_wrong_types(call, text):
         (lambda: ties(scale=float("inf")), "scale must be finite"),
         (lambda: trim(0.5, by="size"), "'magnitude' or 'saliency'"),  # pyright: ignore
         (lambda: trim(0.5, scope="model"), "'leaf' or 'global'"),  # pyright: ignore
+        (lambda: karcher(-1), "iterations must be at least 0"),
         (lambda: chain(mean(), weigh(1.0)), "put it before mean"),
         (lambda: chain(total(), drop(0.5), elect()), "put it before mean"),
     ],

@@ -121,8 +121,13 @@ def test_della_keeps_and_rescales_by_rank():
     two = merge(chain(drop(0.4), elect(), mean()), experts, base=base, key=KEY)
     # Close relative to the base: base + delta may cancel.
     np.testing.assert_allclose(one["w"], two["w"], rtol=1e-6, atol=1e-6)
-    with pytest.raises(ValueError, match=r"spread must be from 0 to 0\.1"):
+    with pytest.raises(ValueError, match=r"density \+ spread must be at most 1, got 0\.9 \+ 0\.2"):
         drop_by_magnitude(0.9, 0.2)
+    with pytest.raises(ValueError, match=r"spread must be from 0 to 0\.1, got 0\.2"):
+        drop_by_magnitude(0.1, 0.2)
+    for hundredths in range(51):
+        della((100 - hundredths) / 100, hundredths / 100)
+        della(hundredths / 100, hundredths / 100)
 
 
 def test_della_ranks_the_entries_of_one_output():
@@ -189,6 +194,8 @@ def test_consensus():
         x = d[name]
         masks = np.abs(x) > 0.5 * np.abs(x.sum(0) - x)
         check(merged, base, (masks.sum(0) >= 2) * x.sum(0), name)
+    with pytest.raises(ValueError, match=r"one for each of the 3 experts, got the shape \(2,\)"):
+        merge(chain(consensus(np.array([0.2, 0.4])), total()), experts, base=base)
 
 
 @pytest.mark.parametrize("with_base", [False, True])

@@ -61,7 +61,7 @@ def test_emr():
             close(kept[n], base[n] + scale * agree[n] * uni[n])
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.4, [0.2, 0.9, 0.5]])
+@pytest.mark.parametrize("threshold", [0.0, 0.4, [0.2, 0.9, 0.5], np.array([0.2, 0.9, 0.5])])
 def test_tall_masks_and_their_consensus(threshold):
     base, experts, d = problem(1)
     of_each = np.broadcast_to(threshold, 3)
@@ -137,5 +137,8 @@ def test_what_is_wrong_is_named():
         tall_masks(experts, base=None)
     with pytest.raises(ValueError, match="values that are not finite"):
         emr([{**base, "b": np.full(7, np.nan, np.float32)}], base=base)
-    with pytest.raises(ValueError, match="threshold must be at least 0"):
-        tall_masks(experts, base=base, threshold=-1)
+    for wrong in (-1, np.array([0.2, -1.0])):
+        with pytest.raises(ValueError, match="threshold must be at least 0"):
+            tall_masks(experts, base=base, threshold=wrong)
+    with pytest.raises(ValueError, match=rf"of the {len(experts)} experts, got the shape \(1, 2\)"):
+        tall_masks(experts, base=base, threshold=np.ones((1, 2)))

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 
 from optax_moma._moments import Factored
-from optax_moma.merging import chain, curvature_ties, merge, moma, scale, trim, wudi
+from optax_moma.merging import (
+    chain,
+    curvature_ties,
+    merge,
+    moma,
+    running_moma,
+    scale,
+    trim,
+    weigh,
+    wudi,
+)
 from optax_moma.merging._leaf import LeafInputs
 from optax_moma.merging._merge import merge_leaf
 
@@ -200,3 +210,25 @@ def test_a_curvature_is_asked_for_unless_its_power_is_zero():
     expected = base + formula(d, np.ones((3, *SHAPE)), [1, 1, 1])
     np.testing.assert_allclose(whole["w"], expected, rtol=3e-4, atol=3e-5)
     assert moma(power=jnp.float32(0)).contract.curvature
+
+
+def test_a_curvature_is_asked_for_matrices_only():
+    """What is averaged needs none, and one that is given changes nothing."""
+    base, d, v = problem()
+    tree = lambda x: {"w": jnp.asarray(x, jnp.float32), "b": jnp.asarray(x[0], jnp.float32)}
+    trees = [tree(base + x) for x in d]
+    whole = merge(moma(), trees, base=tree(base), curvature=[tree(x) for x in v])
+    kernels = [{"w": tree(x)["w"]} for x in v]
+    for curvature in (kernels, [{**x, "b": None} for x in kernels]):
+        for name, x in merge(moma(), trees, base=tree(base), curvature=curvature).items():
+            np.testing.assert_array_equal(x, whole[name])
+    running = running_moma()
+    state = running.init(tree(base))
+    for expert, x in zip(trees, kernels, strict=True):
+        state = running.update(state, expert, x)
+    np.testing.assert_allclose(running.params(state)["b"], whole["b"], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"the curvature of expert 1 lacks leaves .* has: w;"):
+        merge(moma(), trees, base=tree(base), curvature=[kernels[0], {}, kernels[2]])
+    # Another step of the chain may need it of all leaves.
+    with pytest.raises(ValueError, match=r"the curvature of expert 0 lacks leaves .* has: b;"):
+        merge(chain(weigh(1.0), *moma().steps), trees, base=tree(base), curvature=kernels)

@@ -359,5 +359,6 @@ def test_arguments_are_checked():
 
 @pytest.mark.parametrize("name", ALL)
 def test_of_nothing(name):
-    state = ALL[name].init({})
-    assert ALL[name].params(ALL[name].update(state, {}, {})) == {}
+    for nothing in ({}, {"w": np.zeros((0, 3), np.float32)}):
+        state = ALL[name].update(ALL[name].init(nothing), nothing, nothing)
+        assert jax.tree.map(np.shape, ALL[name].params(state)) == jax.tree.map(np.shape, nothing)
