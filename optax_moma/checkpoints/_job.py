@@ -123,9 +123,12 @@ class Job:
         return models if part.keep is None else {n: m for n, m in models.items() if n == part.keep}
 
     def needs_curvature(self, part: Part, name: str) -> bool:
-        """Whether a leaf is merged by its curvature."""
+        """Whether a leaf is merged by its curvature; of stacks any may be."""
         leaf = self.reference.leaves[name]
-        return part.method is not None and part.method.contract.curvature and is_float(leaf)
+        if part.method is None or not part.method.contract.curvature or not is_float(leaf):
+            return False
+        axes = part.method.contract.axes
+        return axes is None or bool(part.layers) or layout_of(axes, leaf.shape) is not None
 
     def by_matrices(self, part: Part) -> tuple[list[str], list[str]]:
         """Returns the leaves of a method of matrices that hold such, and those that it averages."""

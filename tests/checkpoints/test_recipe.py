@@ -220,6 +220,26 @@ class TestStacks:
             assert np.array_equal(found[i], expected["w"])
 
 
+def test_curvature_of_matrices_alone(tmp_path, equal_bits):
+    """A bias needs none: it is averaged."""
+    rng = np.random.default_rng(2)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    base, experts, curvature = {"w": draw(4, 6), "b": draw(6)}, {}, {}
+    ocp.save(tmp_path / "base", base)
+    for name in ("a", "b"):
+        experts[name], nu = {"w": draw(4, 6), "b": draw(6)}, {"w": draw(4, 6) ** 2}
+        state = optax.ScaleByAdamState(jnp.int32(20), nu, nu)
+        ocp.save(tmp_path / name, {"params": experts[name], "opt_state": state})
+        curvature[name] = om.curvature_from(state, {"w": experts[name]["w"]})
+    recipe = {
+        "base": str(tmp_path / "base"),
+        "experts": {name: str(tmp_path / name) for name in experts},
+        "method": "moma",
+    }
+    expected = merging.merge(merging.moma(), experts, base=base, curvature=curvature)
+    equal_bits(merged(recipe, tmp_path), expected)
+
+
 class TestNotFinite:
     def test_let_through(self, world, tmp_path):
         params = dict(world.experts["math"])
