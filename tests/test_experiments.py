@@ -53,7 +53,8 @@ def test_gpt2_cost(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "SHAPES", {(128, 256): 3, (256, 128): 1})
     monkeypatch.setattr(module, "MEASURED", ("moma r=32",))
-    monkeypatch.setattr(module, "STEPS", {"adamw": "adamw", "moma r=32": "moma:rank=32"})
+    monkeypatch.setattr(module, "STEPS", {"adamw": "adamw", "moma r=32": "moma:rank=4"})
+    monkeypatch.setitem(module.OPTIMIZERS, "moma r=32", module.OPTIMIZERS["moma r=8"])
     monkeypatch.setattr(module, "gpt2", lambda: {"a": (512, 256), "b": (256,)})
     small = Config(vocabulary=256, width=128, layers=2, length=16, scan=True)
     monkeypatch.setattr(module.model, "gpt2", lambda **_: small)

@@ -111,6 +111,19 @@ def test_help_lists_what_a_package_offers(name):
     assert hasattr(module, "__all__") or not hasattr(module, "__path__")
 
 
+def test_modules_of_absent_extras_say_which(monkeypatch):
+    import optax_moma
+
+    def absent(*_):
+        raise ModuleNotFoundError("No module named 'orbax'", name="orbax")
+
+    monkeypatch.setattr(importlib, "import_module", absent)
+    for name, extra in (("checkpoints", "checkpoint"), ("moe", "flax")):
+        monkeypatch.delattr(optax_moma, name, raising=False)
+        with pytest.raises(ModuleNotFoundError, match=rf"pip install 'optax-moma\[{extra}\]'"):
+            getattr(optax_moma, name)
+
+
 def section(doc: str, title: str) -> str:
     """The text of one section of a Google-style docstring; empty if there is none."""
     match = re.search(rf"^{title}:\n((?:[ \t]+.*\n|\n)+)", doc + "\n", re.MULTILINE)
