@@ -191,7 +191,7 @@ def scale_by_moma(
         Grams of blocks whose rows lie within a device are added up, :math:`b \min(m, n)` numbers;
         other blocks are gathered on explicit meshes, and left to the compiler on others. None:
         updates are not orthogonalized, but clipped, by ``clip_spectral`` and ``clip_rms``: behind
-        in pretraining, and ahead in the fine-tuning that was tried (``experiments/glue``).
+        in pretraining, level in the fine-tuning that was tried (``experiments/glue``).
       clip_spectral: Without blocks, the largest length of one of the momentum's directions (they
         converge to singular values), in units of :math:`\sqrt{\max(m, n)}`; None for 1, ``inf`` for
         no limit.
@@ -509,8 +509,8 @@ def moma(
 
     State of a matrix: ``(rank + 2) (m + n) + rank`` numbers, saliency included; AdamW holds
     ``2 m n``. All other leaves get Adam's moments. The best learning rates were two to eight times
-    AdamW's in pretraining (``experiments/pretrain``). For fine-tuning take
-    ``orthogonal_block_size=None``, at AdamW's own (``experiments/glue``).
+    AdamW's in pretraining (``experiments/pretrain``), half of them in fine-tuning, or AdamW's own
+    with ``orthogonal_block_size=None`` (``experiments/glue``).
 
     Args:
       learning_rate: A number or a schedule.
