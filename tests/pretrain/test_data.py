@@ -224,6 +224,10 @@ def test_lanes_read_files_of_their_own_where_there_are_enough(lanes, files, tmp_
         texts = list(itertools.islice(opened.lane(lane, lanes, 0), 30 if lanes == 2 else 5))
         assert {int(text.split()[1]) for text in texts} == files[lane]
         seen.append(set(texts))
+        started, again = (iter(opened.lane(lane, lanes, 0)) for _ in range(2))
+        assert [next(started) for _ in range(4)] == texts[:4]
+        again.set_state(started.get_state())
+        assert next(again) == next(started) == texts[4]
     assert sum(map(len, seen)) == len(set().union(*seen)) == 30
 
 
