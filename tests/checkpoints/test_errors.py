@@ -226,7 +226,7 @@ def test_missing_curvature(world, tmp_path):
     part = {k: v for k, v in world.base.items() if k not in ("buckets", "embedding")}
     params = world.experts["math"]
     ocp.save(tmp_path / "math", {"params": params, "opt_state": optax.adam(1e-3).init(part)})
-    recipe = world.recipe("moma")
+    recipe = world.recipe("ota")
     recipe["experts"]["math"]["path"] = str(tmp_path / "math")
     refused(recipe, tmp_path, "expert 'math' has no curvature for embedding", "missing: 0.0")
     recipe["experts"]["math"]["curvature"] = {"missing": 0.0}
@@ -579,6 +579,7 @@ class TestFiles:
         notes = checkpoints._source.CURVATURE_FORMAT
         v = {"w": np.ones((30, 20), np.float32), "c": np.ones(30, np.float32)}
         write(tmp_path / "a-curvature.safetensors", v, notes)
+        recipe["method"] = "ota"
         refused(recipe, tmp_path, "expert 'a' has no curvature for b", "w", "(30, 20)", "(20, 30)")
 
     def test_curvature_with_faults(self, recipe, tmp_path):
@@ -587,7 +588,7 @@ class TestFiles:
         v["w"][3, 4], v["b"][5] = -1, np.nan
         write(tmp_path / "a-curvature.safetensors", v, notes)
         with pytest.raises(MergeError) as caught:
-            checkpoints.merge(recipe, tmp_path / "out")
+            checkpoints.merge(recipe | {"method": "ota"}, tmp_path / "out")
         for name in ("w", "b"):
             said = f"the curvature of expert 'a', {name}: 1 values that are negative or not finite"
             assert any(p.startswith(said) for p in caught.value.problems)
