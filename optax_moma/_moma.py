@@ -183,9 +183,9 @@ def scale_by_moma(
         of a single direction moves a block of b rows by an RMS of :math:`1 / \sqrt b` of the rate,
         where Adam moves it by 1: early training has such gradients, and toy problems. Rows of an
         embedding that never get a gradient do not count; those that get one now and then do, and
-        lend their length to the rows of the step. Of a matrix
-        that gets no gradients any more (an expert without tokens) updates keep their size for some
-        thirty steps at ``b1 = 0.9``, as in Muon, and fade then. A block of b rows costs about
+        lend their length to the rows of the step. Of a matrix that gets no gradients any more (an
+        expert without tokens) updates keep their size for some thirty steps at ``b1 = 0.9``, as in
+        Muon, and fade then. A block of b rows costs about
         :math:`4 b m n + 18 b^2 \min(m, n)` operations for the matrix, where a step of T tokens
         takes :math:`6 T m n`; what size is worth, ``experiments/pretrain`` says. On meshes the
         Grams of blocks whose rows lie within a device are added up, :math:`b \min(m, n)` numbers;
@@ -508,9 +508,10 @@ def moma(
         W &\leftarrow W - \eta (\Delta + \lambda W)
 
     State of a matrix: ``(rank + 2) (m + n) + rank`` numbers, saliency included; AdamW holds
-    ``2 m n``. All other leaves get Adam's moments. The best learning rates were two to eight times
-    AdamW's in pretraining (``experiments/pretrain``), half of them in fine-tuning, or AdamW's own
-    with ``orthogonal_block_size=None`` (``experiments/glue``).
+    ``2 m n``. All other leaves get Adam's moments. In the equations n counts the columns
+    (rows, if m > n) that a gradient ever reached. The best learning rates were two to eight times
+    AdamW's in pretraining (``experiments/pretrain``), in fine-tuning half of AdamW's, or AdamW's
+    own with ``orthogonal_block_size=None`` (``experiments/glue``).
 
     Args:
       learning_rate: A number or a schedule.

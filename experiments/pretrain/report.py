@@ -384,6 +384,9 @@ def figures(size: Size, group: dict[str, Tuned], folder: Path) -> list[str]:
                 ha="center",
                 fontsize=8,
             )
+    low, high = ax.get_ylim()
+    margin = max(0, 0.1 - (high - low)) / 2  # what one seed cannot tell apart is to look alike
+    ax.set_ylim(low - margin, high + margin)
     links = [close(fig, ax, path)]
 
     # Two ranks make no curve.

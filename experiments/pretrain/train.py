@@ -150,7 +150,7 @@ def parse(arguments: list[str] | None = None) -> Config:
     )
     texts = dict(re.findall(r"^ {6}(\w+): (.*(?:\n {8}.*)*)", str(Config.__doc__), re.MULTILINE))
     for field in dataclasses.fields(Config):
-        about: dict[str, Any] = {"help": f"{' '.join(texts[field.name].split())}"}
+        about: dict[str, Any] = {"help": " ".join(texts[field.name].split())}
         if field.type is bool:
             parser.add_argument(f"--{field.name}", action="store_true", **about)
         else:
@@ -215,8 +215,10 @@ def load(
       ValueError: it is of another run.
     """
     about: Any = checkpoints.metadata().custom_metadata
-    before, now = about["run"], config.decides_losses()
-    changed = [f"--{k} was {before[k]!r}, is {now[k]!r}" for k in now if now[k] != before[k]]
+    before, now = about.get("run", {}), config.decides_losses()
+    changed = [
+        f"--{k} was {before.get(k)!r}, is {v!r}" for k, v in now.items() if v != before.get(k)
+    ]
     if changed:
         raise ValueError(
             f"{config.out} holds another run: {'; '.join(changed)}."
