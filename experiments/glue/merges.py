@@ -6,7 +6,7 @@ task vector on another, by the mean share of the experts' scores on one half of 
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -139,8 +139,7 @@ def _ties_without(
     return make
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@merging.merge_step
 class Sides:
     """Merges a matrix as `merging.moma` does, in the metric of its inputs, or of both sides.
 
@@ -223,8 +222,7 @@ FLOOR = 1e-8
 """The absolute floor of the published merge."""
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@merging.merge_step
 class Published:
     """The published merge of matrices with its steps apart; as it is, equal to `merging.umtam`.
 

@@ -2,7 +2,7 @@
 
 from optax_moma.merging import fusion_bench, mergekit, peft
 from optax_moma.merging._adamerging import AdaMerged, adamerging, entropy
-from optax_moma.merging._contract import Contract, Step
+from optax_moma.merging._contract import Contract, Step, merge_step
 from optax_moma.merging._data_fisher import diagonal_fisher
 from optax_moma.merging._diagonal import (
     average,
@@ -91,6 +91,7 @@ __all__ = [
     "match_norm",
     "mean",
     "merge",
+    "merge_step",
     "mergekit",
     "model_stock",
     "moma",

@@ -1,6 +1,7 @@
 """What a method asks of its inputs, and the protocol of the steps it is chained from."""
 
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple, Protocol, TypeVar, dataclass_transform
 
 import jax
 import numpy as np
@@ -61,9 +62,8 @@ class Contract(NamedTuple):
 class Step(Protocol):
     """A step of a merge: a pytree that maps the record of a leaf to a record of that leaf.
 
-    A step of your own is a frozen dataclass registered with ``jax.tree_util.register_dataclass``:
-    its numbers are data fields, its switches static ones. It sees one leaf at a time and is
-    traced, so it must not depend on values in Python.
+    A step of your own is a class under ``merge_step``: its numbers are fields, its switches static
+    fields. It sees one leaf at a time and is traced, so it must not depend on values in Python.
     """
 
     @property
@@ -86,6 +86,58 @@ class SummaryStep(Step, Protocol):
     def refine(self, counts: Any) -> "SummaryStep":
         """Returns the step that has learned from the sum over all leaves: one pass fewer to go."""
         ...
+
+
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
+def merge_step(cls: type[T]) -> type[T]:
+    """Makes a class a frozen dataclass and a pytree, as steps of merges are.
+
+    Use this, not ``jax.tree_util.register_dataclass``: to JAX (0.10 at least) the classes that it
+    registers are equal in a PyTreeDef when their fields are, and ``jax.jit`` then returns, now and
+    then, what it has compiled for another class.
+
+    Args:
+      cls: A class with annotated fields. They are children in the pytree, numbers or other steps,
+        but for those of ``dataclasses.field(metadata={"static": True})``, which are hashable and
+        recompile.
+
+    Returns:
+      The class.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_moma.merging import Contract, chain, mean, merge, merge_step
+      >>> @merge_step
+      ... class Clip:
+      ...     limit: float
+      ...     contract = Contract(base=True)
+      ...     def __call__(self, leaf):
+      ...         return leaf._replace(delta=jnp.clip(leaf.delta, -self.limit, self.limit))
+      >>> experts, base = [{"w": jnp.array([3., -1.])}], {"w": jnp.zeros(2)}
+      >>> merge(chain(Clip(2.0), mean()), experts, base=base)["w"]
+      Array([ 2., -1.], dtype=float32)
+    """
+    made: Any = dataclass(frozen=True)(cls)
+    static = [f.name for f in fields(made) if f.metadata.get("static", False)]
+    data = [f.name for f in fields(made) if f.name not in static]
+
+    def flatten(x: Any) -> tuple[list[Any], tuple[Any, ...]]:
+        return [getattr(x, name) for name in data], tuple(getattr(x, name) for name in static)
+
+    def flatten_with_keys(x: Any) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
+        children, switches = flatten(x)
+        keys = map(jax.tree_util.GetAttrKey, data)
+        return list(zip(keys, children, strict=True)), switches
+
+    def unflatten(switches: tuple[Any, ...], children: Any) -> Any:
+        values = zip([*data, *static], [*children, *switches], strict=True)
+        return made(**dict(values))
+
+    jax.tree_util.register_pytree_with_keys(made, flatten_with_keys, unflatten, flatten)
+    return made
 
 
 def check_number(

@@ -4,13 +4,10 @@ In the formulas t runs over the experts, d_t = expert_t - base, w_t are the user
 default), v_t is the curvature, m_t are masks of zeros and ones, and all products are entrywise.
 """
 
-from dataclasses import dataclass
-
-import jax
 import jax.numpy as jnp
 
 from optax_moma.merging import _metric, _select, _steps
-from optax_moma.merging._contract import Contract, check_number
+from optax_moma.merging._contract import Contract, check_number, merge_step
 from optax_moma.merging._leaf import TaskVectors, combined, sum_experts
 from optax_moma.merging._matrices import EachMatrix, check_axes
 from optax_moma.merging._steps import Chain, Number, chain
@@ -116,6 +113,7 @@ def dare(density: Number = 0.5, scale: Number = 1.0) -> Chain:
       ValueError: if a number is out of range.
 
     Example:
+      >>> import jax
       >>> from optax_moma.merging import dare, merge
       >>> experts, base = [{"w": jnp.ones(4)}, {"w": jnp.ones(4)}], {"w": jnp.zeros(4)}
       >>> merge(dare(density=1.0, scale=0.5), experts, base=base, key=jax.random.key(0))
@@ -241,8 +239,7 @@ def curvature_ties(density: Number = 0.2, power: Number = 0.5, scale: Number = 1
 _UMTAM_FLOOR = 1e-8
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@merge_step
 class Umtam:
     """See ``umtam``."""
 

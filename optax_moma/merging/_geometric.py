@@ -3,7 +3,7 @@
 A leaf is one vector. With a base the vectors are task vectors, without one the parameters.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import combinations
 from typing import Literal
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from optax_moma._checks import check_integer
 from optax_moma.merging import _metric, _steps
-from optax_moma.merging._contract import Contract, Step
+from optax_moma.merging._contract import Contract, Step, merge_step
 from optax_moma.merging._leaf import TaskVectors, combined, heard, per_expert, sum_experts
 from optax_moma.merging._steps import Chain, chain
 from optax_moma.merging._sums import fixed_sum
@@ -46,8 +46,7 @@ def _sum(x: jax.Array, bound: float) -> jax.Array:
 Scope = Literal["leaf", "filter"]
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@merge_step
 class EachFilter:
     """Lets a step that combines vectors merge each filter of a leaf on its own.
 
@@ -82,8 +81,7 @@ def _scoped(step: Step, scope: Scope) -> Chain:
     return chain(step if scope == "leaf" else EachFilter(step))
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@merge_step
 class Slerp:
     """See ``slerp``."""
 
@@ -136,8 +134,7 @@ def slerp(*, scope: Scope = "leaf") -> Chain:
     return _scoped(Slerp(), scope)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@merge_step
 class Karcher:
     """See ``karcher``."""
 
@@ -222,8 +219,7 @@ def multislerp() -> Chain:
     return karcher(iterations=0)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@merge_step
 class Stock:
     """See ``model_stock``."""
 

@@ -5,7 +5,7 @@ merges one matrix, and ``EachMatrix`` finds the matrices of a leaf.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +13,14 @@ import optax
 
 from optax_moma._checks import check_integer
 from optax_moma.merging import _metric, _select, _steps
-from optax_moma.merging._contract import Contract, check_number
+from optax_moma.merging._contract import Contract, check_number, merge_step
 from optax_moma.merging._leaf import TaskVectors, combined, heard, per_expert, sum_experts
 from optax_moma.merging._matrices import EachMatrix, check_axes
 from optax_moma.merging._spectral import svd
 from optax_moma.merging._steps import Chain, Number, chain
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@merge_step
 class RegMean:
     """See ``regmean``."""
 
@@ -85,8 +84,7 @@ def regmean(ratio: Number = 0.95, ridge: Number = 1e-6) -> Chain:
     return chain(EachMatrix(RegMean(ratio, ridge)))
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@merge_step
 class Wudi:
     """See ``wudi`` and ``wudi_adam``: closed form if ``steps`` is None."""
 
@@ -263,8 +261,7 @@ def wudi_adam(
     return chain(EachMatrix(step, check_axes(axes)), _steps.scale(scale))
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@merge_step
 class Ace:
     """See ``ace``."""
 
@@ -367,8 +364,7 @@ def ace(
     return chain(EachMatrix(step, check_axes(axes)), _steps.scale(scale))
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@merge_step
 class Doge:
     """See ``doge``."""
 

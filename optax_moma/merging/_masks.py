@@ -3,7 +3,7 @@
 In the formulas t runs over the k experts, d_t = expert_t - base, and w_t are the user's weights.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +12,14 @@ import numpy as np
 from optax_moma._checks import check_integer
 from optax_moma._matrix import reshard, sharding_of
 from optax_moma.merging import _metric, _select, _steps
-from optax_moma.merging._contract import Contract, check_number
+from optax_moma.merging._contract import Contract, check_number, merge_step
 from optax_moma.merging._leaf import TaskVectors, combined, gathered, per_expert, sum_experts
 from optax_moma.merging._matrices import check_axes, layout_of
 from optax_moma.merging._steps import Chain, Number, chain
 from optax_moma.merging._sums import fixed_mean, fixed_sum
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@merge_step
 class Band:
     """See ``band``."""
 
@@ -112,8 +111,7 @@ def breadcrumbs(density: Number = 0.9, top: Number = 0.01, scale: Number = 0.3) 
     return chain(band(density, top), _steps.total(), _steps.scale(scale))
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@merge_step
 class MatchNorm:
     """See ``match_norm``."""
 
@@ -151,8 +149,7 @@ def match_norm() -> MatchNorm:
     return MatchNorm()
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@merge_step
 class DropByMagnitude:
     """See ``drop_by_magnitude``."""
 
@@ -267,8 +264,7 @@ def della(
     return chain(drop, _steps.elect(), _steps.mean(), _steps.scale(scale))
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@merge_step
 class Select:
     """See ``select``."""
 
@@ -317,8 +313,7 @@ def select(density: Number) -> Select:
     return Select(density)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@merge_step
 class Energy:
     """See ``energy``."""
 
@@ -382,8 +377,7 @@ def sce(density: Number = 0.1) -> Chain:
     return chain(select(density), _steps.elect(), energy(), _steps.mean())
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@merge_step
 class Compete:
     """See ``compete``."""
 
@@ -488,8 +482,7 @@ def pcb(density: Number = 0.1, scale: Number = 1.2) -> Chain:
     return chain(compete(density), _steps.mean(), _steps.scale(scale))
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@merge_step
 class Consensus:
     """See ``consensus``."""
 
@@ -563,8 +556,7 @@ def consensus(threshold: Number | np.ndarray = 0.4, experts: int = 2) -> Consens
     return Consensus(checked_threshold(threshold), check_integer("experts", experts, 1))
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@merge_step
 class Largest:
     """See ``largest``."""
 

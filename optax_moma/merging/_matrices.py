@@ -1,7 +1,7 @@
 """Methods for one matrix, applied to every matrix of a leaf: kernels, stacks of layers, heads."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from typing import Any
 
@@ -10,14 +10,13 @@ import jax.numpy as jnp
 
 from optax_moma._matrix import Layout
 from optax_moma._moments import Factored
-from optax_moma.merging._contract import Contract, Step
+from optax_moma.merging._contract import Contract, Step, merge_step
 from optax_moma.merging._leaf import Curvature, TaskVectors, combined, gathered
 from optax_moma.merging._metric import factors
 from optax_moma.merging._steps import weighted_mean
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@merge_step
 class EachMatrix:
     """Lets a step that combines matrices (m, n) merge each matrix of a leaf, one after the other.
 

@@ -6,21 +6,20 @@ tells which combinations of a layer's outputs the loss pulled at, as the Gram of
 tells which inputs it saw, and no data are needed for it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import jax
 import jax.numpy as jnp
 
 from optax_moma.merging import _metric, _steps
-from optax_moma.merging._contract import Contract, check_number
+from optax_moma.merging._contract import Contract, check_number, merge_step
 from optax_moma.merging._gram import least_squares
 from optax_moma.merging._leaf import TaskVectors, combined, heard, per_expert, sum_experts
 from optax_moma.merging._matrices import EachMatrix, check_axes
 from optax_moma.merging._steps import Chain, Number, chain
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@merge_step
 class OutputMetric:
     """See ``moma``: the merge of one matrix."""
 

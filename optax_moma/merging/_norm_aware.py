@@ -1,18 +1,14 @@
 """NAN, norm-aware merging: an expert whose vector is short has learned from much."""
 
-from dataclasses import dataclass
-
-import jax
 import jax.numpy as jnp
 
 from optax_moma.merging import _metric
-from optax_moma.merging._contract import Contract
+from optax_moma.merging._contract import Contract, merge_step
 from optax_moma.merging._leaf import TaskVectors, per_expert, sum_experts
 from optax_moma.merging._sums import fixed_sum
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@merge_step
 class NormAware:
     """See ``norm_aware``."""
 

@@ -8,11 +8,12 @@ A threshold over many leaves is found from histograms of the upper and then of t
 the pattern. Histograms add up, so the leaves can be visited one at a time, in any order.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 import jax
 import jax.numpy as jnp
 
+from optax_moma.merging._contract import merge_step
 from optax_moma.merging._leaf import gathered, per_expert
 
 _DIGIT = 1 << 16
@@ -91,8 +92,7 @@ def keep(bits: jax.Array, threshold: jax.Array, density: jax.Array | float) -> j
     return (bits >= per_expert(threshold, bits)) & ((bits > 0) | (density >= 1)) & (density > 0)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@merge_step
 class GlobalThreshold:
     """The state of a search for each expert's threshold over all leaves.
 

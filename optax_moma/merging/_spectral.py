@@ -5,14 +5,14 @@ before. Kernels are (fan-in, fan-out), as in Flax: the papers' matrices are thei
 step here merges one matrix, and ``EachMatrix`` finds the matrices of a leaf.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import jax
 import jax.numpy as jnp
 
 from optax_moma._checks import check_integer
 from optax_moma.merging import _metric, _steps
-from optax_moma.merging._contract import Contract, Step, check_number
+from optax_moma.merging._contract import Contract, Step, check_number, merge_step
 from optax_moma.merging._leaf import TaskVectors, combined, heard, per_expert, sum_experts
 from optax_moma.merging._matrices import EachMatrix, check_axes
 from optax_moma.merging._steps import Chain, Number, chain
@@ -56,8 +56,7 @@ def _product(u: jax.Array, s: jax.Array, vt: jax.Array) -> jax.Array:
     return jnp.matmul(u * s, vt, precision="highest")
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@merge_step
 class Tsv:
     """See ``tsv_m``."""
 
@@ -114,8 +113,7 @@ def tsv_m(scale: Number = 1.0, *, axes: str = "mn") -> Chain:
     return chain(EachMatrix(Tsv(), check_axes(axes)), _steps.scale(scale))
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@merge_step
 class IsoC:
     """See ``iso_c``."""
 
@@ -160,8 +158,7 @@ def iso_c(scale: Number = 1.0, *, axes: str = "mn") -> Chain:
     return chain(EachMatrix(IsoC(), check_axes(axes)), _steps.scale(scale))
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@merge_step
 class IsoCts:
     """See ``iso_cts``."""
 
@@ -223,8 +220,7 @@ def iso_cts(scale: Number = 1.0, common: float = 0.8, *, axes: str = "mn") -> Ch
     return chain(EachMatrix(step, check_axes(axes)), _steps.scale(scale))
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@merge_step
 class Knots:
     """See ``knots``."""
 

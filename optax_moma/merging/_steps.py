@@ -1,7 +1,7 @@
 """The steps that diagonal merges are chained from: masks, votes, weights, means."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import partial
 from typing import Any, Literal, cast, get_args
 
@@ -9,14 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from optax_moma.merging import _metric, _select
-from optax_moma.merging._contract import Contract, Step, SummaryStep, check_number
+from optax_moma.merging._contract import Contract, Step, SummaryStep, check_number, merge_step
 from optax_moma.merging._leaf import TaskVectors, combined, sum_experts
 
 Number = float | jax.Array
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@merge_step
 class Chain:
     """Steps applied one after the other; itself a step."""
 
@@ -107,8 +106,7 @@ def chain(*steps: Step) -> Chain:
     return Chain(tuple(flat))
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@merge_step
 class Trim:
     """See ``trim``."""
 
@@ -200,8 +198,7 @@ def trim(
     return Trim(density, power, _select.GlobalThreshold() if scope == "global" else None, by)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@merge_step
 class Drop:
     """See ``drop``."""
 
@@ -263,8 +260,7 @@ Vote = Literal["weighted", "unweighted", "count"]
 Tied = Literal["base", "positive", "majority"]
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@merge_step
 class Elect:
     """See ``elect``."""
 
@@ -338,8 +334,7 @@ def elect(*, vote: Vote = "weighted", tied: Tied = "base") -> Elect:
     return Elect(vote, tied)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@merge_step
 class Weigh:
     """See ``weigh``."""
 
@@ -396,8 +391,7 @@ def weigh(power: Number = 1.0, *, normalize: bool = True) -> Weigh:
     return Weigh(power, bool(normalize))
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@merge_step
 class Mean:
     """See ``mean``."""
 
@@ -449,8 +443,7 @@ def mean(*, by: Literal["weight", "count"] = "weight") -> Mean:
     return Mean(by)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@merge_step
 class Total:
     """See ``total``."""
 
@@ -478,8 +471,7 @@ def total() -> Total:
     return Total()
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@merge_step
 class Scale:
     """See ``scale``."""
 

@@ -6,7 +6,6 @@ how.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 
 from optax_moma.merging import (
+    Contract,
     average,
     breadcrumbs,
     chain,
@@ -30,6 +30,7 @@ from optax_moma.merging import (
     iso_cts,
     karcher,
     merge,
+    merge_step,
     mergekit,
     model_stock,
     multislerp,
@@ -44,7 +45,6 @@ from optax_moma.merging import (
     tsv_m,
     wudi_adam,
 )
-from optax_moma.merging._contract import Contract
 from optax_moma.merging._steps import Chain
 
 RANDOM = ("kernel", "bias", "stack")
@@ -94,8 +94,7 @@ def weights_of(peer: str) -> list[float]:
     return GOLDEN[peer]["weights"].tolist()
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@merge_step
 class Imposed:
     """Stands for a step that draws: masks one leaf as a peer's masks say."""
 

@@ -1,5 +1,8 @@
 """jit, grad, vmap, compilation, flax trees, several devices."""
 
+from itertools import combinations
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +18,7 @@ from optax_moma.merging import (
     fisher,
     mean,
     merge,
+    merge_step,
     scale,
     task_arithmetic,
     ties,
@@ -132,6 +136,36 @@ def test_nothing_is_compiled_again_when_only_numbers_change():
             weights=[1.0, density, factor],
         )
     assert merge_leaf._cache_size() == compiled
+
+
+def test_jit_never_takes_one_step_for_another():
+    """JAX finds programs by the hash of a PyTreeDef, of which few bits count, and by equality."""
+
+    def class_of(i):
+        @merge_step
+        class Alike:
+            number: float
+            contract = average().contract
+
+            def __call__(self, leaf):
+                return leaf._replace(delta=leaf.delta + i)
+
+        return Alike
+
+    steps = [class_of(i)(2.0) for i in range(20)]
+    for one, other in combinations(map(jax.tree.structure, steps), 2):
+        assert one != other and not one == other
+    program = jax.jit(lambda step: step.number + classes.index(type(step)))
+    classes = [type(step) for step in steps]
+    assert [program(step) for step in steps] == [2.0 + i for i in range(20)]
+
+
+def test_no_class_is_registered_in_a_way_that_jit_confuses():
+    root = Path(__file__).parents[2]
+    sources = [p for folder in ("optax_moma", "experiments") for p in (root / folder).rglob("*.py")]
+    assert len(sources) > 50
+    said = [p.name for p in sources if "register_dataclass" in p.read_text()]
+    assert said == ["_contract.py"]  # where it says why not
 
 
 def test_concrete_inputs_are_checked_inside_a_trace():
