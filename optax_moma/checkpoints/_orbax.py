@@ -210,10 +210,12 @@ def saved_parts(path: Path) -> list[dict[str, Any]] | None:
     if path.exists():
         return [_custom(path)]
     folder = Path(f"{path}.partial_save")
+    parts = list(folder.iterdir()) if folder.exists() else []
+    # First of all: what is put together already is missing in the parts, their notes among it.
+    if any(".pending_" not in part.name for part in parts):
+        return None
     notes = []
-    for part in folder.iterdir() if folder.exists() else ():
-        if ".pending_" not in part.name:
-            return None
+    for part in parts:
         if "tmp" in part.name or not (part / "commit_success.txt").exists():
             shutil.rmtree(part)
         else:

@@ -14,7 +14,7 @@ import pytest
 
 import optax_moma as om
 from optax_moma import checkpoints
-from optax_moma.checkpoints import _output
+from optax_moma.checkpoints import _orbax, _output
 from optax_moma.checkpoints._source import manifest_path
 
 ocp = pytest.importorskip("orbax.checkpoint").v1
@@ -168,6 +168,21 @@ def test_killed_again_and_again(many_leaves, name):
         assert all(np.array_equal(found[k], expected[k]) for k in old)
     checkpoints.merge(recipe, output, force=True, chunk_bytes=1)
     assert_like_unbroken(output, many_leaves / "unbroken")
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_parts_that_are_being_put_together_are_of_no_use(tmp_path, monkeypatch, backwards):
+    """Whatever comes first in the folder: a part, or the notes that were in it."""
+    path = tmp_path / "checkpoint"
+    for name in "ab":
+        _orbax.save_part(path, {name: np.ones(3)}, {"leaves": [name]})
+    folder = tmp_path / "checkpoint.partial_save"
+    assert sorted(note["leaves"] for note in _orbax.saved_parts(path)) == [["a"], ["b"]]
+    part = next(folder.iterdir())
+    (part / "_CHECKPOINT_METADATA").rename(folder / "_CHECKPOINT_METADATA")
+    names = sorted(folder.iterdir(), key=lambda x: x.name, reverse=backwards)
+    monkeypatch.setattr(type(folder), "iterdir", lambda _: iter(names))
+    assert _orbax.saved_parts(path) is None
 
 
 @pytest.mark.slow
